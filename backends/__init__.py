@@ -1,0 +1,1 @@
+"""The built-in backends, found through the entry-point group ``windlass.backends`` like everybody else's."""

@@ -1,0 +1,1 @@
+"""The training core: specs, planner, plan, executor. Written only against the accelerator interface."""

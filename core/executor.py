@@ -1,0 +1,253 @@
+"""The executor: carries out a plan, event by event, through the accelerator interface.
+
+A step goes through the phases accumulating -> reducing -> checked -> stepped; anything else raises. The order of
+operations is that of one optimizer step: accumulate, reduce, unscale and check, norm, clip, update, publish.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from windlass.accelerator.interface import Accelerator, Group
+from windlass.core.adamw import AdamWSettings, update_region
+from windlass.core.gradients import Gradients
+from windlass.core.plan import Plan
+from windlass.core.residency import Residency
+from windlass.core.state import ModelState
+
+
+class Phase(enum.Enum):
+    """Where in the optimizer step the executor is."""
+
+    ACCUMULATING = "accumulating"
+    REDUCING = "reducing"
+    CHECKED = "checked"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did, the same on every rank."""
+
+    updated: bool  # False: a gradient was not finite, and nothing changed
+    norm: float  # of the mean gradient, before clipping; nan if skipped
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Read on the host once per step."""
+
+    norm: float
+    finite: bool
+    late: list[bool]  # per unit: some rank has gradients that missed their unit's reduction
+    touched: set[str]  # parameters with a gradient on some rank
+    gradient_scale: Tensor  # [] fp32 on the device: unscale, mean over ranks, and clip
+    keep: Tensor  # [] bool on the device
+
+
+class Executor:
+    """One plan on one rank. Forward and backward events come from the engine and from module hooks."""
+
+    def __init__(self, plan: Plan, module: nn.Module, accelerator: Accelerator, group: Group) -> None:
+        self.plan = plan
+        self.accelerator = accelerator
+        self.group = group
+        self.phase = Phase.ACCUMULATING
+        self.backwards = 0  # backward passes since the last update
+        self._in_backward = False
+        self._unit_of = {placement.name: region.unit for region in plan.regions for placement in region.placements}
+        self.state = ModelState(plan, module, accelerator, group)
+        self.gradients = Gradients(self.state, self._gradient_landed)
+        self.residency: Residency | None = None
+        if plan.rules.weights == "gathered":
+            self.residency = Residency(self.state, self.gradients.expects_more)
+            self.accelerator.collectives.publish(group)
+
+    # -- forward and backward ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """One call of the model. An exception inside leaves nothing in use."""
+        self._require(Phase.ACCUMULATING, "run a forward pass")
+        if not _inside_autograd():
+            self._in_backward = False
+        if self.residency is not None:
+            self.residency.begin_forward()
+        try:
+            yield
+        except BaseException:
+            if self.residency is not None:
+                self.residency.abandon()
+            raise
+        if self.residency is not None:
+            self.residency.finish_forward()
+
+    @contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """One backward pass that the caller runs inside; its end is the end of this block."""
+        self._begin_backward()
+        yield
+        self._finish_backward()
+
+    def watch_output(self, tensor: Tensor, prepare: Callable[[], None]) -> None:
+        """Notice a backward pass that the user starts from an output of the model; `prepare` is called first."""
+
+        def begin(_: Tensor) -> None:
+            if not self._in_backward:
+                prepare()
+                self._begin_unannounced()
+
+        tensor.register_hook(begin)
+
+    def _begin_unannounced(self) -> None:
+        self._begin_backward()
+        # Runs when the backward pass that we are inside of has ended.
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+
+    def _begin_backward(self) -> None:
+        self._require(Phase.ACCUMULATING, "run a backward pass")
+        self._in_backward = True
+        self.gradients.begin_backward()
+        if self.residency is not None:
+            self.residency.begin_backward()
+
+    def _finish_backward(self) -> None:
+        if not self._in_backward:
+            return
+        self._in_backward = False
+        self.gradients.finish_backward()
+        self.gradients.landing_scale = 1.0
+        if self.residency is not None:
+            self.residency.finish_backward()
+        self.backwards += 1
+
+    def _gradient_landed(self, name: str) -> None:
+        if not self._in_backward:  # a backward pass that does not go through an output of the engine
+            self._begin_unannounced()
+        if self.residency is not None:
+            self.residency.gradient_landed(self._unit_of[name])
+
+    # -- the optimizer step ------------------------------------------------------------------------------------
+
+    def step(self, groups: Sequence[AdamWSettings], loss_scale: float, clip: float) -> StepReport:
+        """Reduce, check, clip, update and publish. `clip` 0: no clipping. A collective."""
+        self._require(Phase.ACCUMULATING, "take an optimizer step")
+        self.phase = Phase.REDUCING
+        self.gradients.finish()
+        statistics = self._gather_statistics(loss_scale, clip)
+        if any(statistics.late):
+            self.gradients.reduce_again(statistics.late)
+            statistics = self._gather_statistics(loss_scale, clip)
+        self.phase = Phase.CHECKED
+        if self.plan.rules.update == "replicated":
+            self.gradients.share_replicas()
+        scalars: dict[tuple[int, int], Tensor] = {}
+        for region in self.plan.regions:
+            if region.trainable:
+                update_region(
+                    self.state, region, self.gradients.for_update(region), groups, statistics.touched,
+                    statistics.gradient_scale, statistics.keep, scalars,
+                )  # fmt: skip
+        self.share_weights()
+        if statistics.finite:
+            for name in statistics.touched:
+                self.state.steps[name] += 1
+        self.drop_gradients()
+        self.accelerator.streams.boundary()
+        self.phase = Phase.ACCUMULATING
+        return StepReport(statistics.finite, statistics.norm)
+
+    def share_weights(self) -> None:
+        """Bring the weights that this rank owns to whoever needs them. A collective."""
+        collectives = self.accelerator.collectives
+        if self.plan.rules.after_update == "all_gather":
+            works = []
+            for region in self.plan.regions:
+                if region.trainable:
+                    whole, own = self.state.weights[region.name], self.state.owned_weights(region)
+                    works.append(collectives.all_gather(whole, own, self.group, tag="weights"))
+            for work in works:
+                work.wait()
+        elif self.plan.rules.after_update == "publish":
+            collectives.publish(self.group)
+        if self.residency is not None:
+            self.residency.weights_changed()
+        self.state.rebind_copies()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients accumulated so far, on this rank."""
+        self.gradients.clear()
+        self.backwards = 0
+
+    def _gather_statistics(self, loss_scale: float, clip: float) -> _Statistics:
+        """Norm, finite check, late units and touched parameters of all ranks: one small vector from each."""
+        device, size = self.accelerator.device, self.group.size
+        unscale = torch.full((), 1.0 / (loss_scale * size), dtype=torch.float32, device=device)
+        squares = [
+            self.accelerator.kernels["square_sum"](self.gradients.shards[region.name], unscale)
+            for region in self.plan.regions
+            if region.trainable and region.name in self.gradients.shards
+        ]
+        names = list(self.plan.parameter_index)
+        touched = [float(name in self.gradients.touched) for name in names]
+        flags = torch.tensor([*map(float, self.gradients.leftovers()), *touched], dtype=torch.float32, device=device)
+        head = torch.stack(squares).sum(0) if squares else torch.zeros(2, dtype=torch.float32, device=device)
+        mine = torch.cat([head, flags])
+        everyone = torch.empty(size * mine.numel(), dtype=torch.float32, device=device)
+        self.accelerator.collectives.all_gather(everyone, mine, self.group, tag="statistics").wait()
+        total = everyone.view(size, -1).sum(0)
+        norm = total[0].sqrt()
+        keep = torch.logical_and(total[1] == 0, torch.isfinite(norm))
+        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
+        values = self.accelerator.read_host(torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]]))
+        units = len(self.plan.units)
+        finite = bool(values[1])
+        return _Statistics(
+            norm=values[0] if finite else math.nan,
+            finite=finite,
+            late=[value > 0 for value in values[2 : 2 + units]],
+            touched={name for name, value in zip(names, values[2 + units :], strict=True) if value > 0},
+            gradient_scale=unscale * factor,
+            keep=keep,
+        )
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def full_gradient(self, name: str, loss_scale: float) -> Tensor:
+        """The mean gradient accumulated so far, on every rank: host fp32, logical shape. A collective."""
+        region, placement = self.plan.placement_by_name[name]
+        shard = self.gradients.peek(region) if region.trainable else None
+        if shard is None:
+            return torch.zeros(placement.shape)
+        whole = self.state.gather_owned(region, shard, tag="state")
+        flat = self.accelerator.to_host(whole[placement.start : placement.stop]).to(torch.float32)
+        return flat.view(placement.shape) / (loss_scale * self.group.size)
+
+    def close(self) -> None:
+        """Give back hooks and memory; the module keeps working where its weights are resident."""
+        if self.phase is Phase.CLOSED:
+            return
+        self.gradients.close()
+        if self.residency is not None:
+            self.residency.close()
+        self.state.release()
+        self.phase = Phase.CLOSED
+
+    def _require(self, phase: Phase, action: str) -> None:
+        if self.phase is not phase:
+            raise RuntimeError(
+                f"cannot {action} while the engine is {self.phase.value}; an earlier step failed or the engine was "
+                "closed, so build a new engine"
+            )
+
+
+def _inside_autograd() -> bool:
+    """True while a backward pass is running on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)

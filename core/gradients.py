@@ -1,0 +1,319 @@
+"""Gradients from where autograd leaves them to where the update reads them: land, add up, reduce.
+
+[Note: two ways to the reduction]
+Where the plan reduces at the boundary (stages 0, 1) every gradient is copied or added into its region as soon
+as autograd has made it, and autograd's tensor is dropped; the regions are reduced once, in `finish`.
+Where the plan reduces per unit (stages 2, 3) gradients stay with their parameters until the unit is complete,
+are packed into a reduce slot, and leave; what arrives is added up in this rank's shard. Units leave in one
+fixed order (last unit first) and each exactly once per backward, so that all ranks make the same calls even if
+they touched different parameters. A gradient that lands after its unit has left (a nested backward) waits for
+the boundary: the ranks tell each other, and reduce such units once more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from windlass.accelerator.interface import Work
+from windlass.core.plan import Plan, Region, Unit
+from windlass.core.specs import dtype_from_name
+from windlass.core.state import ModelState
+
+TAG = "gradients"
+
+
+@dataclass
+class _Reduction:
+    """One region on its way: where the sum will be, and whether it is to be added to what is there."""
+
+    region: Region
+    work: Work
+    arrived: Tensor
+    slot: int | None
+
+
+class Gradients:
+    """Receives every gradient of the plan's trainable parameters; `shards` holds the reduced sums."""
+
+    def __init__(self, state: ModelState, on_gradient: Callable[[str], None]) -> None:
+        self.state = state
+        self.plan: Plan = state.plan
+        self.accelerator = state.accelerator
+        self.touched: set[str] = set()  # since the last update, on this rank
+        self.landing_scale = 1.0  # what a gradient is multiplied with when it lands
+        self.shards: dict[str, Tensor] = {}  # fp32 sums over ranks, after `finish`
+        self._on_gradient = on_gradient
+        self._per_unit = self.plan.rules.reduce_at == "unit"
+        self._trainable = [region for region in self.plan.regions if region.trainable]
+        kept = [] if self._per_unit else self._trainable
+        self._buffers: dict[str, Tensor] = {region.name: self._allocate(region) for region in kept}
+        self._replicas: dict[str, Tensor] = {}  # whole reduced gradients, where the update is replicated
+        self._slots = [
+            self.accelerator.memory.empty((size,), torch.uint8, tag="reduce_slots", shared=state.group)
+            for size in self.plan.reduce_slot_bytes
+        ]
+        self._flying: deque[_Reduction] = deque()
+        self._order: list[Unit] = [
+            unit for unit in reversed(self.plan.units) if any(self._regions_of(unit))
+        ]  # in which units leave
+        self._left = 0  # how many units of this backward have left
+        self._launched = 0  # how many have ever left; decides the slot
+        self._expected: dict[str, set[str]] = {unit.name: self._names_of(unit) for unit in self._order}
+        self._fired: dict[str, set[str]] = {unit.name: set() for unit in self._order}
+        self._ever_fired: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        for region in self._trainable:
+            for placement in region.placements:
+                hook = self._make_hook(placement.name, region.unit)
+                self._handles.append(state.parameters[placement.name].register_post_accumulate_grad_hook(hook))
+        if self.plan.rules.update == "replicated":
+            for region in self._trainable:
+                if region.gradient_dtype == "float32":
+                    self._replicas[region.name] = self._buffers[region.name]
+                else:
+                    self._replicas[region.name] = self.accelerator.memory.empty(
+                        (region.numel,), torch.float32, tag="reduced", shared=state.group
+                    )
+
+    # -- landing -----------------------------------------------------------------------------------------------
+
+    def _make_hook(self, name: str, unit: str) -> Callable[[Tensor], None]:
+        def landed(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise TypeError(
+                    f"the gradient of {name!r} is sparse ({gradient.layout}), which no plan can lay out; "
+                    "build the embedding with sparse=False"
+                )
+            self._on_gradient(name)
+            if self._per_unit:
+                self._fired[unit].add(name)
+                self._launch_complete_units()
+            else:
+                self._land(name, self.state.parameters[name])
+
+        return landed
+
+    def _land(self, name: str, parameter: nn.Parameter) -> None:
+        """Move one gradient into its region, and let autograd's tensor go."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        region, placement = self.plan.placement_by_name[name]
+        target = self._buffers[region.name][placement.start : placement.stop].view(placement.shape)
+        if name in self.touched:
+            target.add_(gradient.detach(), alpha=self.landing_scale)
+        else:
+            target.copy_(gradient.detach())
+            if self.landing_scale != 1.0:
+                target.mul_(self.landing_scale)
+            self.touched.add(name)
+        parameter.grad = None
+
+    # -- reducing per unit -------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> None:
+        """A backward pass starts: every unit will leave once."""
+        self._left = 0
+        for fired in self._fired.values():
+            fired.clear()
+
+    def expects_more(self, unit: str) -> bool:
+        """True while gradients of the unit that the last backward produced have not landed in this one."""
+        return unit in self._fired and not self._fired[unit] >= self._expected[unit]
+
+    def _launch_complete_units(self) -> None:
+        while self._left < len(self._order):
+            unit = self._order[self._left]
+            if not self._fired[unit.name] >= self._expected[unit.name]:
+                return
+            self._launch(unit)
+            self._left += 1
+
+    def finish_backward(self) -> None:
+        """The backward pass is over: the units that have not left do, complete or not."""
+        if self._per_unit:
+            while self._left < len(self._order):
+                self._launch(self._order[self._left])
+                self._left += 1
+        for unit in self._order:
+            name = unit.name
+            if self._fired[name]:
+                self._expected[name] = set(self._fired[name])
+                self._ever_fired.add(name)
+                self._fired[name].clear()
+            elif name not in self._ever_fired:
+                self._expected[name] = set()  # never used so far: do not hold the others up
+
+    def _launch(self, unit: Unit) -> None:
+        """Pack a unit's gradients into the next slot and send them off."""
+        index = self._launched % len(self._slots)
+        self._launched += 1
+        while any(one.slot == index for one in self._flying):
+            self._settle_oldest()
+        offset = 0
+        for region in self._regions_of(unit):
+            size = region.numel * dtype_from_name(region.gradient_dtype).itemsize
+            packed = self._slots[index][offset : offset + size].view(dtype_from_name(region.gradient_dtype))
+            offset += size
+            self._pack(region, packed)
+            arrived = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
+            work = self.accelerator.collectives.reduce_scatter(arrived, packed, self.state.group, tag=TAG)
+            self._flying.append(_Reduction(region, work, arrived, index))
+
+    def _pack(self, region: Region, packed: Tensor) -> None:
+        position = 0
+        for placement in region.placements:
+            if position < placement.start:
+                packed[position : placement.start].zero_()
+            position = placement.stop
+            parameter = self.state.parameters[placement.name]
+            target = packed[placement.start : placement.stop]
+            if parameter.grad is None:
+                target.zero_()
+                continue
+            target.view(placement.shape).copy_(parameter.grad.detach())
+            if self.landing_scale != 1.0:
+                target.mul_(self.landing_scale)
+            parameter.grad = None
+            self.touched.add(placement.name)
+        if position < region.numel:
+            packed[position:].zero_()
+
+    def _settle_oldest(self) -> None:
+        """Wait for the reduction that left first, and keep or add up what arrived."""
+        one = self._flying.popleft()
+        one.work.wait()
+        name = one.region.name
+        if not self._per_unit:
+            return
+        if name in self.shards:
+            self.shards[name].add_(one.arrived)
+            self.accelerator.memory.release(one.arrived)
+        else:
+            self.shards[name] = one.arrived
+
+    # -- the boundary ------------------------------------------------------------------------------------------
+
+    def leftovers(self) -> list[bool]:
+        """Per unit of the plan: gradients landed here after the unit had left."""
+        late = {unit.name for unit in self._order if self._per_unit and self._has_gradients(unit)}
+        return [unit.name in late for unit in self.plan.units]
+
+    def reduce_again(self, units: list[bool]) -> None:
+        """Reduce units with leftovers on some rank once more. Every rank passes the same list."""
+        late = {unit.name for unit, flag in zip(self.plan.units, units, strict=True) if flag}
+        for unit in self._order:
+            if unit.name in late:
+                self._launch(unit)
+        self._settle_all()
+
+    def finish(self) -> None:
+        """Have the sums over all ranks in `shards`: at the boundary everything is reduced now."""
+        if not self._per_unit:
+            for region in self._trainable:
+                self._send_region(region)
+        self._settle_all()
+
+    def peek(self, region: Region) -> Tensor | None:
+        """This rank's shard of the sums so far, leaving everything as it is. None: nothing has landed. A collective."""
+        if self._per_unit:
+            self._settle_all()
+            return self.shards.get(region.name)
+        target = torch.empty(region.shard_numel, dtype=torch.float32, device=self.accelerator.device)
+        buffer = self._complete(region)
+        self.accelerator.collectives.reduce_scatter(target, buffer, self.state.group, tag="state").wait()
+        return target
+
+    def _complete(self, region: Region) -> Tensor:
+        """The local gradients of a region, zero where this rank has none."""
+        buffer = self._buffers[region.name]
+        for placement in region.placements:
+            if placement.name not in self.touched:
+                buffer[placement.start : placement.stop].zero_()
+        return buffer
+
+    def _send_region(self, region: Region) -> None:
+        buffer = self._complete(region)
+        start, stop = region.shard_bounds(self.state.group.rank)
+        if region.name in self._replicas:
+            target = self._replicas[region.name][start:stop]
+        elif region.gradient_dtype == "float32" or region.num_shards == 1:
+            target = buffer[start:stop]
+        else:
+            target = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
+        work = self.accelerator.collectives.reduce_scatter(target, buffer, self.state.group, tag=TAG)
+        self.shards[region.name] = target
+        self._flying.append(_Reduction(region, work, target, None))
+
+    def _settle_all(self) -> None:
+        while self._flying:
+            self._settle_oldest()
+
+    def share_replicas(self) -> None:
+        """Where the update is replicated: every rank gets the whole sums, in the same bits."""
+        works = []
+        for region in self._trainable:
+            if region.name in self._replicas:
+                start, stop = region.shard_bounds(self.state.group.rank)
+                whole = self._replicas[region.name]
+                works.append(
+                    self.accelerator.collectives.all_gather(whole, whole[start:stop], self.state.group, tag=TAG)
+                )
+        for work in works:
+            work.wait()
+
+    def for_update(self, region: Region) -> Tensor:
+        """The summed gradient of the part of the region that is updated here."""
+        return self._replicas[region.name] if region.name in self._replicas else self.shards[region.name]
+
+    def clear(self) -> None:
+        """The update has used the gradients (or they are dropped): forget them."""
+        self._settle_all()
+        for region in self._trainable:
+            shard = self.shards.pop(region.name, None)
+            if shard is not None and self._is_transient(region):
+                self.accelerator.memory.release(shard)
+        for name in self._names():
+            self.state.parameters[name].grad = None
+        self.touched.clear()
+
+    def close(self) -> None:
+        """Remove the hooks and give the memory back."""
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+        buffers = {id(tensor): tensor for tensor in (*self._buffers.values(), *self._replicas.values(), *self._slots)}
+        for tensor in buffers.values():
+            self.accelerator.memory.release(tensor)
+        self._buffers, self._replicas, self._slots = {}, {}, []
+
+    # -- small questions ---------------------------------------------------------------------------------------
+
+    def _allocate(self, region: Region) -> Tensor:
+        dtype = dtype_from_name(region.gradient_dtype)
+        return self.accelerator.memory.empty((region.numel,), dtype, tag=TAG, shared=self.state.group).zero_()
+
+    def _is_transient(self, region: Region) -> bool:
+        if self._per_unit:
+            return True
+        in_place = region.gradient_dtype == "float32" or region.num_shards == 1
+        return region.name not in self._replicas and not in_place
+
+    def _regions_of(self, unit: Unit) -> list[Region]:
+        return [region for name in unit.regions if (region := self.plan.region_by_name[name]).trainable]
+
+    def _names_of(self, unit: Unit) -> set[str]:
+        return {placement.name for region in self._regions_of(unit) for placement in region.placements}
+
+    def _names(self) -> list[str]:
+        return [placement.name for region in self._trainable for placement in region.placements]
+
+    def _has_gradients(self, unit: Unit) -> bool:
+        return any(self.state.parameters[name].grad is not None for name in self._names_of(unit))

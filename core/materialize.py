@@ -1,0 +1,28 @@
+"""Give models built on the meta device real parameters, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def materialize_modules(module: nn.Module, paths: Iterable[str], device: torch.device) -> None:
+    """Allocate and initialise what the named modules hold directly on the meta device, by `reset_parameters`.
+
+    Raises ValueError naming the module that has none: its values could only be guessed.
+    """
+    for path in dict.fromkeys(paths):
+        inner = module.get_submodule(path)
+        own = [*inner.parameters(recurse=False), *inner.buffers(recurse=False)]
+        if not any(tensor.is_meta for tensor in own):
+            continue
+        reset = getattr(inner, "reset_parameters", None)
+        if not callable(reset):
+            raise ValueError(
+                f"module {path or '(root)'} ({type(inner).__name__}) has tensors on the meta device and no "
+                "reset_parameters() to initialise them; add one, or build the model on a real device"
+            )
+        inner.to_empty(device=device, recurse=False)
+        reset()

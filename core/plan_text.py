@@ -1,0 +1,84 @@
+"""The plan as a page that a person reads: what is where, what moves when, and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from windlass.core.plan import Plan, Traffic
+
+_WEIGHTS = {
+    "resident": "every rank holds all weights",
+    "gathered": "every rank holds a shard; a unit's weights are gathered for its use",
+}
+_REDUCE = {
+    "boundary": "once per optimizer step",
+    "unit": "unit by unit, in each backward",
+}
+_UPDATE = {
+    "replicated": "every rank updates everything from the same gradients",
+    "shard": "every rank updates its shard",
+}
+_AFTER = {
+    "nothing": "nothing to send, all ranks computed the same",
+    "all_gather": "all-gathered into every rank's weights",
+    "publish": "published; the next gather reads them",
+}
+
+
+def format_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def render_plan(plan: Plan) -> str:
+    """The text of `windlass plan` and of `print(engine.plan)`."""
+    facts, rules = plan.facts, plan.rules
+    shards = plan.mesh.size("shard")
+    lines = [
+        f"Plan {plan.hash}: ZeRO stage {plan.stage}, {shards} rank{'s' if shards > 1 else ''}, {plan.precision}, "
+        f"{plan.gradient_accumulation_steps} micro-step{'s' if plan.gradient_accumulation_steps > 1 else ''} per step",
+    ]
+    if facts:
+        lines.append(
+            f"  {facts['parameters']:,} parameters, {facts['trainable']:,} of them trainable, in {len(plan.units)} "
+            f"units and {len(plan.regions)} regions; {facts['padding']:,} elements of padding"
+        )
+    lines += [
+        "",
+        "Rules",
+        f"  weights    {_WEIGHTS[rules.weights]}",
+        f"  gradients  reduced {_REDUCE[rules.reduce_at]}",
+        f"  update     {_UPDATE[rules.update]}",
+        f"  afterwards {_AFTER[rules.after_update]}",
+        "",
+        "Memory per rank between steps",
+    ]
+    lines += [f"  {tag:<14}{format_bytes(size):>12}" for tag, size in plan.prediction.persistent.items()]
+    lines.append(f"  {'total':<14}{format_bytes(sum(plan.prediction.persistent.values())):>12}")
+    if plan.prediction.working:
+        lines.append("and, until the update")
+        lines += [f"  {tag:<14}{format_bytes(size):>12}" for tag, size in plan.prediction.working.items()]
+    lines += ["", "Received per rank"]
+    for title, part in (
+        ("first micro-step", plan.prediction.first_micro_step),
+        ("later micro-steps", plan.prediction.micro_step),
+        ("boundary", plan.prediction.boundary),
+    ):
+        lines += _traffic(title, part)
+    lines += ["", "Units, in forward order" + (", with their gather slot" if plan.slot_bytes else "")]
+    for unit in plan.units:
+        regions = [plan.region_by_name[name] for name in unit.regions]
+        numel = sum(one.numel for region in regions for one in region.placements)
+        slot = "" if unit.slot is None else f"  slot {unit.slot}"
+        dtypes = ", ".join(dict.fromkeys(region.dtype for region in regions))
+        lines.append(f"  {unit.name or '(root)':<32}{numel:>14,} {dtypes}{slot}")
+    return "\n".join(lines)
+
+
+def _traffic(title: str, part: Iterable[Traffic]) -> list[str]:
+    rows = [f"{one.kind} {one.tag}: {one.calls} calls, {format_bytes(one.bytes)}" for one in part]
+    return [f"  {title:<18}{rows[0] if rows else 'nothing'}", *[f"  {'':<18}{row}" for row in rows[1:]]]

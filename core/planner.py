@@ -1,0 +1,240 @@
+"""The planner: specs, ranks and settings in, plan out. Pure, deterministic, without a device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from windlass.core.mesh import Mesh
+from windlass.core.plan import ALIGNMENT, Placement, Plan, Prediction, Region, Rules, Traffic, Unit
+from windlass.core.slots import SlotTable, assign_slots, simulate_pass
+from windlass.core.specs import ParamSpec, UnitSpec
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+RULES = {
+    0: Rules(reduce_at="boundary", weights="resident", update="replicated", after_update="nothing"),
+    1: Rules(reduce_at="boundary", weights="resident", update="shard", after_update="all_gather"),
+    2: Rules(reduce_at="unit", weights="resident", update="shard", after_update="all_gather"),
+    3: Rules(reduce_at="unit", weights="gathered", update="shard", after_update="publish"),
+}
+REDUCE_SLOTS = 2  # one being filled while the other is on its way
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the configuration decides about the plan."""
+
+    stage: int = 0
+    precision: str = "fp32"
+    gradient_accumulation_steps: int = 1
+    gradient_dtype: str | None = None  # None: the planner decides
+    prefetch: int = 1  # units gathered ahead of the one in use
+    device_memory_budget: int | None = None  # bytes per rank
+
+
+def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh, settings: PlanSettings) -> Plan:
+    """Decide layout, owners, slots and schedule. Raises ValueError for what cannot be planned."""
+    _check(specs, mesh, settings)
+    rules = RULES[settings.stage]
+    regions = _lay_out(specs, units, mesh.size("shard"), settings, rules)
+    of_unit: dict[str, list[Region]] = defaultdict(list)
+    for region in regions:
+        of_unit[region.unit].append(region)
+    present = [unit for unit in units if of_unit[unit.name]]
+    gathered = rules.weights == "gathered"
+    slot_of = assign_slots([(u.name, u.spans) for u in present], settings.prefetch + 1) if gathered else {}
+    planned = tuple(
+        Unit(u.name, u.users, tuple(region.name for region in of_unit[u.name]), slot_of.get(u.name)) for u in present
+    )
+    slot_bytes = [0] * (max(slot_of.values(), default=-1) + 1)
+    for name, slot in slot_of.items():
+        slot_bytes[slot] = max(slot_bytes[slot], sum(region.numel * BYTES[region.dtype] for region in of_unit[name]))
+    reduce_slot_bytes: tuple[int, ...] = ()
+    if rules.reduce_at == "unit":
+        largest = max((_gradient_bytes(of_unit[u.name]) for u in present), default=0)
+        reduce_slot_bytes = (largest,) * min(REDUCE_SLOTS, len(present))
+    prediction = _predict(regions, present, slot_of, settings, rules, sum(slot_bytes), sum(reduce_slot_bytes))
+    _check_budget(prediction, settings)
+    return Plan(
+        stage=settings.stage,
+        mesh=mesh,
+        precision=settings.precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        prefetch=settings.prefetch,
+        rules=rules,
+        units=planned,
+        regions=regions,
+        aliases={spec.name: spec.tied_to for spec in specs if spec.tied_to is not None},
+        slot_bytes=tuple(slot_bytes),
+        reduce_slot_bytes=reduce_slot_bytes,
+        prediction=prediction,
+        facts=_facts(specs, regions),
+    )
+
+
+def _check(specs: Sequence[ParamSpec], mesh: Mesh, settings: PlanSettings) -> None:
+    if settings.stage not in RULES:
+        raise ValueError(f"zero_optimization.stage is 0, 1, 2 or 3, got {settings.stage}")
+    if not specs:
+        raise ValueError("the model has no parameters, so there is nothing to train; pass a module that has some")
+    if not any(spec.trainable for spec in specs):
+        raise ValueError(
+            f"the model has {len(specs)} parameters but none with requires_grad, so there is nothing to train; "
+            "unfreeze at least one"
+        )
+    if mesh.size("replicate") > 1:
+        raise ValueError(
+            f"hybrid sharding (a replicate axis of {mesh.size('replicate')}) is not there yet; use one shard axis"
+        )
+    for spec in specs:
+        if spec.dtype not in BYTES:
+            kind = "complex" if spec.dtype.startswith("complex") else "not a floating type"
+            raise ValueError(
+                f"parameter {spec.name!r} has dtype {spec.dtype}, which is {kind}; use one of {', '.join(BYTES)}"
+            )
+
+
+def _lay_out(
+    specs: Sequence[ParamSpec], units: Sequence[UnitSpec], shards: int, settings: PlanSettings, rules: Rules
+) -> tuple[Region, ...]:
+    """One region per unit, dtype and trainability; parameters in order of group, then of definition."""
+    order = {unit.name: index for index, unit in enumerate(units)}
+    buckets: dict[tuple[str, str, bool], list[ParamSpec]] = defaultdict(list)
+    for spec in specs:
+        # Frozen weights have no state to shard; only where all weights are sharded do they need a region.
+        if spec.tied_to is None and (spec.trainable or rules.weights == "gathered"):
+            buckets[spec.unit, spec.dtype, spec.trainable].append(spec)
+    regions = []
+    for (unit, dtype, trainable), members in sorted(
+        buckets.items(), key=lambda item: (order[item[0][0]], item[0][1], not item[0][2])
+    ):
+        placements, position = [], 0
+        for spec in sorted(members, key=lambda one: one.group):
+            placements.append(Placement(spec.name, position, spec.shape, spec.group))
+            position += -(-spec.numel // ALIGNMENT) * ALIGNMENT
+        shard = -(-position // (shards * ALIGNMENT)) * ALIGNMENT
+        suffix = "" if trainable else "/frozen"
+        regions.append(
+            Region(
+                name=f"{unit or 'root'}/{dtype}{suffix}",
+                unit=unit,
+                dtype=dtype,
+                trainable=trainable,
+                placements=tuple(placements),
+                shard_numel=shard,
+                num_shards=shards,
+                gradient_dtype=_gradient_dtype(dtype, settings, rules),
+            )
+        )
+    return tuple(regions)
+
+
+def _gradient_dtype(dtype: str, settings: PlanSettings, rules: Rules) -> str:
+    """Of the local gradient. Where one gradient lands once before its reduction, the dtype autograd made is exact;
+    where several are added up locally, fp32 unless the configuration says otherwise."""
+    if settings.gradient_dtype is not None:
+        return settings.gradient_dtype
+    adds_up_locally = rules.reduce_at == "boundary" and settings.gradient_accumulation_steps > 1
+    return "float32" if adds_up_locally or dtype == "float64" else dtype
+
+
+def _gradient_bytes(regions: Sequence[Region]) -> int:
+    return sum(region.numel * BYTES[region.gradient_dtype] for region in regions if region.trainable)
+
+
+def _predict(
+    regions: Sequence[Region],
+    units: Sequence[UnitSpec],
+    slot_of: Mapping[str, int],
+    settings: PlanSettings,
+    rules: Rules,
+    slot_bytes: int,
+    reduce_slot_bytes: int,
+) -> Prediction:
+    trainable = [region for region in regions if region.trainable]
+    shards = trainable[0].num_shards
+    others = shards - 1
+
+    def traffic(kind: str, tag: str, part_bytes: Sequence[int]) -> list[Traffic]:
+        return [Traffic(kind, tag, len(part_bytes), others * sum(part_bytes))] if part_bytes else []
+
+    reduced = [region.shard_numel * BYTES[region.gradient_dtype] for region in trainable]
+    reduce = traffic("reduce_scatter", "gradients", reduced)
+    per_micro = reduce if rules.reduce_at == "unit" else []
+    boundary = [] if per_micro else list(reduce)
+    statistics = 4 * (2 + len(units) + sum(len(region.placements) for region in trainable))
+    boundary += traffic("all_gather", "statistics", [statistics])
+    if rules.update == "replicated":
+        boundary += traffic("all_gather", "gradients", [region.shard_numel * 4 for region in trainable])
+    if rules.after_update == "all_gather":
+        boundary += traffic("all_gather", "weights", [region.shard_numel * BYTES[region.dtype] for region in trainable])
+    first: list[Traffic] = []
+    later: list[Traffic] = []
+    if rules.weights == "gathered":
+        table = SlotTable(dict(slot_of))
+        spans = {unit.name: unit.spans for unit in units}
+        forward = [unit.name for unit in units]
+        of_unit: dict[str, list[int]] = defaultdict(list)
+        for region in regions:
+            of_unit[region.unit].append(region.shard_numel * BYTES[region.dtype])
+        for into in (first, later):
+            fetched = simulate_pass(table, forward, spans, settings.prefetch)
+            fetched += simulate_pass(table, forward[::-1], spans, settings.prefetch)
+            into += traffic("all_gather", "weights", [part for name in fetched for part in of_unit[name]])
+    return Prediction(
+        first_micro_step=(*first, *per_micro),
+        micro_step=(*later, *per_micro),
+        boundary=tuple(boundary),
+        persistent=_persistent(regions, rules, slot_bytes, reduce_slot_bytes),
+        working=_working(trainable, rules),
+    )
+
+
+def _persistent(regions: Sequence[Region], rules: Rules, slots: int, reduce_slots: int) -> dict[str, int]:
+    """Bytes per rank between steps, by tag of the memory facet."""
+    trainable = [region for region in regions if region.trainable]
+    owned = {r.name: r.numel if rules.update == "replicated" else r.shard_numel for r in trainable}
+    whole = rules.weights == "resident"
+    memory = {
+        "weights": sum((r.numel if whole else r.shard_numel) * BYTES[r.dtype] for r in regions),
+        "master": sum(owned[r.name] * 4 for r in trainable if r.dtype != "float32"),
+        "optimizer": sum(owned[r.name] * 8 for r in trainable),
+    }
+    if rules.reduce_at == "boundary":
+        memory["gradients"] = _gradient_bytes(regions)
+    if rules.update == "replicated":
+        memory["reduced"] = sum(r.numel * 4 for r in trainable if r.gradient_dtype != "float32")
+    memory["gather_slots"] = slots
+    memory["reduce_slots"] = reduce_slots
+    return {tag: size for tag, size in memory.items() if size}
+
+
+def _working(trainable: Sequence[Region], rules: Rules) -> dict[str, int]:
+    """Bytes that exist only while gradients wait for the update: reduced shards in fp32."""
+    if rules.update == "replicated":
+        return {}
+    apart = [r for r in trainable if rules.reduce_at == "unit" or r.gradient_dtype != "float32"]
+    size = sum(r.shard_numel * 4 for r in apart)
+    return {"reduced": size} if size else {}
+
+
+def _check_budget(prediction: Prediction, settings: PlanSettings) -> None:
+    needed = sum(prediction.persistent.values()) + sum(prediction.working.values())
+    budget = settings.device_memory_budget
+    if budget is not None and needed > budget:
+        raise ValueError(
+            f"the plan needs {needed:,} bytes of device memory per rank for model states, more than "
+            f"plan.device_memory_budget of {budget:,}; use a higher ZeRO stage, more ranks or a smaller model"
+        )
+
+
+def _facts(specs: Sequence[ParamSpec], regions: Sequence[Region]) -> dict[str, Any]:
+    own = [spec for spec in specs if spec.tied_to is None]
+    used = sum(one.numel for region in regions for one in region.placements)
+    return {
+        "parameters": sum(spec.numel for spec in own),
+        "trainable": sum(spec.numel for spec in own if spec.trainable),
+        "padding": sum(region.numel for region in regions) - used,
+    }

@@ -1,0 +1,207 @@
+"""The bytes of a plan: weights, master weights and moments in regions, and parameters bound to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from windlass.accelerator.interface import Accelerator, Group
+from windlass.core.materialize import materialize_modules
+from windlass.core.plan import Placement, Plan, Region
+from windlass.core.specs import dtype_from_name
+
+WEIGHT = "weight"
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+
+
+class ModelState:
+    """Owns the allocations of one plan on one rank.
+
+    `weights[region]` is the whole region where weights are resident, else this rank's shard. `owned_bounds`
+    says which part of the region this rank's master weights and moments cover.
+    """
+
+    def __init__(self, plan: Plan, module: nn.Module, accelerator: Accelerator, group: Group) -> None:
+        self.plan = plan
+        self.accelerator = accelerator
+        self.group = group
+        self.module = module
+        self.weights: dict[str, Tensor] = {}
+        self.master: dict[str, Tensor] = {}  # fp32; absent where the weights themselves are fp32
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.steps: dict[str, int] = {name: 0 for name in plan.parameter_index}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.resident = plan.rules.weights == "resident"
+        self._poison: dict[torch.dtype, Tensor] = {}
+        for unit in plan.units:  # one at a time: a sharded model never exists whole
+            regions = [plan.region_by_name[name] for name in unit.regions]
+            names = [placement.name for region in regions for placement in region.placements]
+            materialize_modules(module, (name.rpartition(".")[0] for name in names), accelerator.device)
+            found = dict(module.named_parameters(remove_duplicate=False))
+            self.parameters.update({name: found[name] for name in names})
+            for region in regions:
+                self._install(region)
+        self._tie_aliases()
+        materialize_modules(module, dict(module.named_modules()), accelerator.device)  # those with buffers only
+
+    # -- layout ------------------------------------------------------------------------------------------------
+
+    def owned_bounds(self, region: Region) -> tuple[int, int]:
+        """The part of the region whose update happens here."""
+        if self.plan.rules.update == "replicated":
+            return 0, region.numel
+        return region.shard_bounds(self.group.rank)
+
+    def owned_weights(self, region: Region) -> Tensor:
+        """The weights of `owned_bounds`, in the region's dtype, aliasing `weights`."""
+        weights = self.weights[region.name]
+        if not self.resident:
+            return weights
+        start, stop = self.owned_bounds(region)
+        return weights[start:stop]
+
+    def owned_fp32(self, region: Region) -> Tensor:
+        """What the optimizer updates: the master weights, or the weights themselves if they are fp32."""
+        return self.master[region.name] if region.name in self.master else self.owned_weights(region)
+
+    # -- installation ------------------------------------------------------------------------------------------
+
+    def _tie_aliases(self) -> None:
+        """Tied names share one parameter; materialising a meta model may have made two of it."""
+        for alias, owner in self.plan.aliases.items():
+            if owner in self.parameters:
+                path, _, leaf = alias.rpartition(".")
+                setattr(self.module.get_submodule(path), leaf, self.parameters[owner])
+
+    def _install(self, region: Region) -> None:
+        """Take the parameters' values from rank 0, lay them out, and bind the parameters to their places."""
+        memory, device = self.accelerator.memory, self.accelerator.device
+        dtype = dtype_from_name(region.dtype)
+        whole = memory.empty((region.numel,), torch.float32, tag="staging")
+        whole.zero_()
+        for placement in region.placements:
+            source = self.parameters[placement.name].detach()
+            whole[placement.start : placement.stop].copy_(source.reshape(-1))
+        self.accelerator.collectives.broadcast(whole, 0, self.group, tag="initial weights").wait()
+        numel = region.numel if self.resident else region.shard_numel
+        weights = memory.empty((numel,), dtype, tag="weights", shared=self.group)
+        start, stop = region.shard_bounds(self.group.rank)
+        weights.copy_(whole if self.resident else whole[start:stop])
+        self.weights[region.name] = weights
+        if region.trainable:
+            start, stop = self.owned_bounds(region)
+            if region.dtype != "float32":
+                self.master[region.name] = memory.empty((stop - start,), torch.float32, tag="master")
+                self.master[region.name].copy_(whole[start:stop])
+            self.moments[region.name] = {}
+            for key in MOMENTS:
+                moment = memory.empty((stop - start,), torch.float32, tag="optimizer")
+                self.moments[region.name][key] = moment.zero_()
+        for placement in region.placements:
+            parameter = self.parameters[placement.name]
+            parameter.grad = None
+            if self.resident:
+                self.bind(placement, weights)
+            else:
+                parameter.data = torch.empty((), dtype=dtype, device=device).expand(placement.shape)
+                self.unbind(placement)
+        memory.release(whole)
+
+    # -- binding parameters to bytes ---------------------------------------------------------------------------
+
+    def bind(self, placement: Placement, whole: Tensor) -> None:
+        """Let the parameter be its place in `whole`: a view where the backend has views, else a copy."""
+        flat = whole[placement.start : placement.stop]
+        if not self.accelerator.capabilities.views:
+            flat = flat.clone()
+        self.parameters[placement.name].data = flat.view(placement.shape)
+
+    def unbind(self, placement: Placement) -> None:
+        """The parameter's bytes are elsewhere: it keeps its shape, takes no memory, and reads as NaN."""
+        parameter = self.parameters[placement.name]
+        poison = self._poison.get(parameter.dtype)
+        if poison is None:
+            poison = torch.full((), float("nan"), dtype=parameter.dtype, device=self.accelerator.device)
+            self._poison[parameter.dtype] = poison
+        parameter.data = poison.expand(placement.shape)
+
+    def rebind_copies(self) -> None:
+        """After an update on a backend without views: write the parameters from their regions."""
+        if self.resident and not self.accelerator.capabilities.views:
+            for region in self.plan.regions:
+                for placement in region.placements:
+                    self.bind(placement, self.weights[region.name])
+
+    # -- logical values ----------------------------------------------------------------------------------------
+
+    def gather_owned(self, region: Region, owned: Tensor, tag: str) -> Tensor:
+        """All ranks' `owned` parts of a region as one tensor [region.numel]. A collective, unless replicated."""
+        if owned.numel() == region.numel:
+            return owned.detach().clone()
+        whole = torch.empty(region.numel, dtype=owned.dtype, device=owned.device)
+        self.accelerator.collectives.all_gather(whole, owned.contiguous(), self.group, tag=tag).wait()
+        return whole
+
+    def named_values(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, host fp32 tensor in logical shape) of every parameter for `weight` or a moment. A collective."""
+        for region in self.plan.regions:
+            if key == WEIGHT or region.trainable:
+                whole = self._whole_on_host(region, key)
+                for placement in region.placements:
+                    yield placement.name, whole[placement.start : placement.stop].view(placement.shape).clone()
+
+    def read(self, name: str, key: str) -> Tensor:
+        """One parameter's weight or moment: host, fp32, logical shape. A collective."""
+        region, placement = self.plan.placement_by_name[name]
+        whole = self._whole_on_host(region, key)
+        return whole[placement.start : placement.stop].view(placement.shape).clone()
+
+    def _whole_on_host(self, region: Region, key: str) -> Tensor:
+        if key != WEIGHT:
+            owned = self.moments[region.name][key]
+        elif region.trainable:
+            owned = self.owned_fp32(region)
+        else:
+            owned = self.weights[region.name]
+        return self.accelerator.to_host(self.gather_owned(region, owned, tag="state")).to(torch.float32)
+
+    def write(self, name: str, key: str, value: Tensor) -> None:
+        """Set one parameter's weight or moment from a tensor in logical shape. Every rank writes its own part;
+        whole weights on other ranks follow with `share_weights`."""
+        region, placement = self.plan.placement_by_name[name]
+        if tuple(value.shape) != placement.shape:
+            raise ValueError(f"{key} of {name!r} has shape {tuple(value.shape)}, the model wants {placement.shape}")
+        flat = value.detach().reshape(-1)
+        if key == WEIGHT:
+            bounds = (0, region.numel) if self.resident else region.shard_bounds(self.group.rank)
+            _write_part(self.weights[region.name], bounds, placement, flat)
+            if region.name in self.master:
+                _write_part(self.master[region.name], self.owned_bounds(region), placement, flat)
+        elif region.trainable:
+            _write_part(self.moments[region.name][key], self.owned_bounds(region), placement, flat)
+
+    def release(self) -> None:
+        """Give all memory back; parameters keep ordinary tensors of their last resident weights."""
+        memory = self.accelerator.memory
+        for region in self.plan.regions:
+            for placement in region.placements:
+                parameter = self.parameters[placement.name]
+                parameter.data = parameter.data.clone() if self.resident else parameter.data
+            for tensor in (
+                self.weights.pop(region.name),
+                self.master.pop(region.name, None),
+                *self.moments.pop(region.name, {}).values(),
+            ):
+                if tensor is not None:
+                    memory.release(tensor)
+
+
+def _write_part(target: Tensor, bounds: tuple[int, int], placement: Placement, flat: Tensor) -> None:
+    """target covers `bounds` of the region: write the elements of the placement that fall inside."""
+    start, stop = max(bounds[0], placement.start), min(bounds[1], placement.stop)
+    if start < stop:
+        target[start - bounds[0] : stop - bounds[0]].copy_(flat[start - placement.start : stop - placement.start])

@@ -1,0 +1,477 @@
+"""Workers for tests/ranks/test_training_events.py: each runs on every rank and asserts against plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import windlass
+from small_models import Network, batch, build, loss_of
+from training import (
+    LR,
+    WEIGHT_DECAY,
+    config_of,
+    distance,
+    my_part,
+    train_engine,
+    train_oracle,
+    windlass_ranks,
+)
+
+ROWS = 48
+
+
+def start(stage: int, model: str = "Network", accumulation: int = 1, **more: Any) -> windlass.Engine:
+    config = config_of(stage, accumulation, windlass_ranks(), ROWS, **more)
+    return windlass.initialize(build(model), config)
+
+
+def part_of(engine: windlass.Engine, step: int) -> tuple[Tensor, Tensor]:
+    ids, targets = batch(step, ROWS)
+    return my_part(ids, engine.rank, engine.num_ranks, 0, 1), my_part(targets, engine.rank, engine.num_ranks, 0, 1)
+
+
+def assert_like_oracle(engine: windlass.Engine, state: dict[str, Tensor], bound: float = 1e-6) -> None:
+    worst = distance(engine.full_state_dict(), state)
+    assert max(worst.values()) < bound, worst
+
+
+def evaluate_unevenly(stage: int) -> None:
+    """Evaluation between steps and between micro-batches, more of it on one rank than on another."""
+    with start(stage, accumulation=2) as engine:
+        for step in range(4):
+            ids, targets = batch(step, ROWS)
+            for micro in range(2):
+                engine.eval()
+                with torch.no_grad():
+                    for _ in range(engine.rank + micro):
+                        loss = engine(ids[:5], targets[:5])
+                        assert math.isfinite(float(loss))
+                engine.train()
+                x, y = (my_part(t, engine.rank, engine.num_ranks, micro, 2) for t in (ids, targets))
+                engine.backward(engine(x, y))
+                engine.step()
+        assert_like_oracle(engine, train_oracle("Network", 4)[0])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def raise_in_forward_then_train(stage: int) -> None:
+    """An exception in the middle of forward on all ranks; training goes on as if nothing had been."""
+    with start(stage) as engine:
+        train_engine(engine, 2)
+        block = engine.module.blocks[2]  # type: ignore[index]
+        handle = block.norm.register_forward_hook(_interrupt)  # type: ignore[union-attr]
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                engine(*part_of(engine, 2))
+        handle.remove()
+        train_engine(engine, 2, first=2)
+        assert_like_oracle(engine, train_oracle("Network", 4)[0])
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def several_backwards_per_step(stage: int) -> None:
+    """Two losses, two backward passes, one step: all of them count, the last one too."""
+    module = build("Network")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    with start(stage) as engine:
+        for step in range(4):
+            x, y = part_of(engine, step)
+            (0.5 * engine(x, y)).backward()
+            (0.25 * engine(x, y) + 0.25 * engine(x, y)).backward()
+            assert engine.step()
+            ids, targets = batch(step, ROWS)
+            module(ids, targets).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_like_oracle(engine, module.state_dict())
+
+
+def state_dict_in_mid_training(stage: int) -> None:
+    """`module.state_dict()` is complete at any time, and loads into a plain model."""
+    with start(stage, "Tied") as engine:
+        train_engine(engine, 3)
+        plain = build("Tied", seed=7)
+        plain.load_state_dict(engine.module.state_dict())
+        full = engine.full_state_dict()
+        assert all(torch.equal(plain.state_dict()[name], full[name]) for name in full)
+        x, y = batch(9, ROWS)
+        with torch.no_grad():
+            assert torch.equal(loss_of(engine(x, y)), loss_of(plain(x, y)))
+        train_engine(engine, 1, first=3)
+        assert_like_oracle(engine, train_oracle("Tied", 4)[0])
+
+
+def unfreeze_in_mid_run(stage: int) -> None:
+    """Frozen parameters are left alone; once unfrozen they train, and nothing known is lost."""
+    module = build("Frozen")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    with start(stage, "Frozen") as engine:
+        for step in range(6):
+            if step == 3:
+                module.requires_grad_(True)
+                engine.module.requires_grad_(True)
+            ids, targets = batch(step, ROWS)
+            module(ids, targets).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(*part_of(engine, step)))
+            engine.step()
+        assert_like_oracle(engine, module.state_dict())
+        assert engine.full_optimizer_state("embedding.weight")["step"] == 3
+        assert engine.full_optimizer_state("norm.weight")["step"] == 6
+
+
+def parameter_groups_and_torch_scheduler(stage: int) -> None:
+    """Groups with settings of their own, driven by one of torch's schedulers."""
+
+    def groups(module: nn.Module) -> list[dict[str, Any]]:
+        decayed = [p for p in module.parameters() if p.dim() > 1]
+        plain = [p for p in module.parameters() if p.dim() <= 1]
+        return [
+            {"params": decayed, "weight_decay": 0.2, "betas": (0.8, 0.95)},
+            {"params": plain, "weight_decay": 0.0, "lr": 3e-3, "eps": 1e-6},
+        ]
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+
+    module, trained = build("Network"), build("Network")
+    optimizer = torch.optim.AdamW(groups(module), lr=LR, weight_decay=WEIGHT_DECAY)
+    scheduler = schedule(optimizer)
+    config = config_of(stage, 1, windlass_ranks(), ROWS)
+    with windlass.initialize(trained, config, model_parameters=groups(trained), lr_scheduler=schedule) as engine:
+        for step in range(5):
+            assert engine.lr == pytest.approx(optimizer.param_groups[0]["lr"])
+            ids, targets = batch(step, ROWS)
+            module(ids, targets).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            engine.backward(engine(*part_of(engine, step)))
+            engine.step()
+        assert_like_oracle(engine, module.state_dict())
+
+
+def own_torch_optimizer(stage: int) -> None:
+    """A torch Adam (L2 in the gradient) given by the user: its groups and its arithmetic rule."""
+    module, trained = build("Network"), build("Network")
+    arguments: dict[str, Any] = {"lr": LR, "weight_decay": 0.1, "betas": (0.7, 0.9)}
+    optimizer = torch.optim.Adam(module.parameters(), **arguments)
+    own = torch.optim.Adam(trained.parameters(), **arguments)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(own, 0.9)
+    reference = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    config = config_of(stage, 1, windlass_ranks(), ROWS)
+    with windlass.initialize(trained, config, optimizer=own, lr_scheduler=scheduler) as engine:
+        for step in range(4):
+            ids, targets = batch(step, ROWS)
+            module(ids, targets).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.step()
+            engine.backward(engine(*part_of(engine, step)))
+            engine.step()
+        assert_like_oracle(engine, module.state_dict())
+
+
+def build_on_meta(stage: int) -> None:
+    """A model without memory gets rank 0's initialisation, and trains."""
+    with torch.device("meta"):
+        module = build("Tied")
+    torch.manual_seed(100 + windlass_ranks())
+    config = config_of(stage, 1, windlass_ranks(), ROWS)
+    with windlass.initialize(module, config) as engine:
+        first = engine.full_state_dict()
+        assert first["embedding.weight"].std() > 0.5
+        assert torch.equal(first["embedding.weight"], first["head.weight"])
+        plain = build("Tied")
+        plain.load_state_dict(first)
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        for step in range(3):
+            ids, targets = batch(step, ROWS)
+            plain(ids, targets).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        train_engine(engine, 3)
+        assert_like_oracle(engine, plain.state_dict())
+
+
+def train_compiled(stage: int) -> None:
+    """torch.compile(model) before initialize; names keep torch's own prefix."""
+    module = torch.compile(build("Network"), backend="aot_eager")
+    config = config_of(stage, 1, windlass_ranks(), ROWS)
+    with windlass.initialize(module, config) as engine, warnings.catch_warnings():  # type: ignore[arg-type]
+        # The compiler itself looks at .grad of tensors that it meets where a module with hooks is called.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        train_engine(engine, 3)
+        state = {name.removeprefix("_orig_mod."): value for name, value in engine.full_state_dict().items()}
+        worst = distance(state, train_oracle("Network", 3)[0])
+        assert max(worst.values()) < 1e-6, worst
+
+
+def gradients_and_state_in_full(stage: int) -> None:
+    """full_gradient and full_optimizer_state in logical shape, as plain PyTorch has them; asking changes nothing."""
+    module = build("Network")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    with start(stage) as engine:
+        for step in range(3):
+            ids, targets = batch(step, ROWS)
+            module(ids, targets).backward()
+            engine.backward(engine(*part_of(engine, step)))
+            for name in ("embedding.weight", "blocks.1.up.bias", "norm.weight"):
+                want = module.get_parameter(name).grad
+                assert want is not None
+                assert torch.allclose(engine.full_gradient(name), want, rtol=1e-5, atol=1e-8)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.step()
+        for name, parameter in module.named_parameters():
+            got, want_state = engine.full_optimizer_state(name), optimizer.state[parameter]
+            assert got["step"] == int(want_state["step"]) == 3
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.allclose(got[key], want_state[key], rtol=1e-4, atol=1e-9)
+        assert_like_oracle(engine, module.state_dict())
+
+
+def close_gives_back(stage: int) -> None:
+    """After close there are no hooks and no bytes; where weights are resident the module still works."""
+    module = build("Network")
+    engine = windlass.initialize(module, config_of(stage, 1, windlass_ranks(), ROWS))
+    train_engine(engine, 1)
+    full = engine.full_state_dict()
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert engine.accelerator.memory.stats().used.value == 0
+    for inner in module.modules():
+        assert not inner._forward_hooks
+        assert not inner._forward_pre_hooks
+        assert type(inner._parameters) is dict
+    if stage < 3:
+        assert all(torch.equal(module.state_dict()[name], full[name]) for name in full)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine(*batch(0, 4))
+
+
+def dropped_gradients_leave_no_trace(stage: int) -> None:
+    with start(stage) as engine:
+        train_engine(engine, 1)
+        x, y = part_of(engine, 7)
+        engine.backward(engine(x, y) * 100.0)
+        engine.zero_grad()
+        assert not engine.step()
+        train_engine(engine, 2, first=1)
+        assert_like_oracle(engine, train_oracle("Network", 3)[0])
+
+
+def two_engines_in_one_process(stage: int) -> None:
+    """No global state: two engines on one accelerator, and one loss through both."""
+    accelerator = windlass.open_accelerator("cpu")
+    config = config_of(stage, 1, windlass_ranks(), ROWS)
+    plain = [build("Network", seed) for seed in (0, 1)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=WEIGHT_DECAY) for m in plain]
+    engines = [windlass.initialize(build("Network", seed), config, accelerator=accelerator) for seed in (0, 1)]
+    for step in range(3):
+        ids, targets = batch(step, ROWS)
+        (plain[0](ids, targets) * plain[1](ids, targets).detach() + plain[1](ids, targets)).backward()
+        for module, optimizer in zip(plain, optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        x, y = part_of(engines[0], step)
+        with torch.no_grad():
+            weight = engines[0].mean_over_ranks(engines[1](x, y))
+        (engines[0](x, y) * weight + engines[1](x, y)).backward()
+        assert all([engine.step() for engine in engines])
+    for engine, module in zip(engines, plain, strict=True):
+        assert_like_oracle(engine, module.state_dict(), bound=2e-6)
+        engine.close()
+    assert accelerator.memory.stats().used.value == 0
+    accelerator.close()
+
+
+class Dropping(Network):
+    def body(self, x: Tensor, ids: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        for block in self.blocks:
+            x = checkpoint(lambda value, inner=block: nn.functional.dropout(inner(value), 0.5), x, use_reentrant=False)
+        return x
+
+
+def one_sequence_of_dropout_per_rank(stage: int) -> None:
+    """Recomputation draws the same mask: the gradient is that of the forward pass which was seen."""
+    torch.manual_seed(0)
+    module = Dropping()
+    plain = copy.deepcopy(module)
+    with windlass.initialize(module, config_of(stage, 1, windlass_ranks(), ROWS, gradient_clipping=0)) as engine:
+        x, y = part_of(engine, 0)
+        engine.accelerator.seed(5 + engine.rank)
+        engine.backward(engine(x, y))
+        grads = []
+        for rank in range(engine.num_ranks):
+            torch.manual_seed(5 + rank)
+            ids, targets = batch(0, ROWS)
+            loss = plain(my_part(ids, rank, engine.num_ranks, 0, 1), my_part(targets, rank, engine.num_ranks, 0, 1))
+            grads.append(torch.autograd.grad(loss, plain.head.weight)[0])
+        assert torch.allclose(engine.full_gradient("head.weight"), torch.stack(grads).mean(0), rtol=1e-4, atol=1e-8)
+        assert engine.step()
+
+
+FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+
+
+def overflow_on_one_rank(stage: int) -> None:
+    """An inf in one rank's gradient: all skip, nothing moves, the scale backs off, the next step equals the oracle."""
+    clean = start(stage, fp16=FP16)
+    train_engine(clean, 3)
+    wanted = clean.full_state_dict()
+    clean.close()
+    with start(stage, fp16=FP16) as engine:
+        train_engine(engine, 2)
+        before = engine.full_state_dict()
+        moments = engine.full_optimizer_state("head.weight")
+        scale, steps, lr = engine.loss_scale, engine.global_steps, engine.lr
+        x, y = part_of(engine, 2)
+        loss = engine(x, y)
+        engine.backward(loss * float("inf") if engine.rank == engine.num_ranks - 1 else loss)
+        assert not engine.step()
+        assert engine.skipped_steps == 1
+        assert (engine.global_steps, engine.lr) == (steps, lr)
+        assert engine.loss_scale == scale / 2
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        again = engine.full_optimizer_state("head.weight")
+        assert again["step"] == moments["step"]
+        assert all(torch.equal(again[key], moments[key]) for key in ("exp_avg", "exp_avg_sq"))
+        train_engine(engine, 1, first=2)
+        # Halving the loss scale halves every fp16 gradient exactly unless it underflows.
+        assert max(distance(engine.full_state_dict(), wanted).values()) < 1e-4
+
+
+def nonfinite_in_fp32(stage: int) -> None:
+    with start(stage) as engine:
+        train_engine(engine, 1)
+        before = engine.full_state_dict()
+        loss = engine(*part_of(engine, 1))
+        engine.backward(loss * float("nan") if engine.rank == 0 else loss)
+        assert not engine.step()
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        train_engine(engine, 2, first=1)
+        assert_like_oracle(engine, train_oracle("Network", 3)[0])
+
+
+def low_precision_against_oracle(stage: int, precision: str) -> None:
+    """Low-precision weights, fp32 master and moments: each rank's gradients in low precision, summed in fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    section: dict[str, Any] = {"enabled": True} if precision == "bf16" else {"enabled": True, "initial_scale_power": 6}
+    master, low = build("Network"), build("Network").to(dtype)
+    optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    given: dict[str, Any] = {precision: section}
+    with start(stage, **given) as engine:
+        scale = engine.loss_scale
+        for step in range(5):
+            ids, targets = batch(step, ROWS)
+            for parameter in master.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            for rank in range(engine.num_ranks):
+                x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
+                low.zero_grad()
+                (low(x, y) * scale).backward()
+                for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                    assert parameter.grad is not None
+                    assert other.grad is not None
+                    parameter.grad += other.grad.float() / (scale * engine.num_ranks)
+            torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                    other.copy_(parameter)
+            engine.backward(engine(*part_of(engine, step)))
+            assert engine.step()
+        # The same operations in the same precision: only the order of a few fp32 sums may differ, and flips of a
+        # low-precision rounding that follow from it.
+        assert max(distance(engine.full_state_dict(), master.state_dict()).values()) < 1e-3
+        for name, value in engine.module.state_dict().items():
+            assert value.dtype is dtype
+            assert torch.equal(value, engine.full_state_dict()[name].to(dtype))
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4, sparse=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.embedding(ids).sum()
+        return result
+
+
+def refuse_sparse_gradient() -> None:
+    with windlass.initialize(_Sparse(), {"train_batch_size": 1}) as engine:
+        loss = engine(torch.tensor([1, 2]))
+        with pytest.raises(TypeError, match=r"'embedding\.weight' is sparse"):
+            engine.backward(loss)
+
+
+def refuse_different_plans() -> None:
+    import os
+
+    layers = 2 + int(os.environ["RANK"])
+    with pytest.raises(ValueError, match="rank 0 and rank 1 differ in "):
+        windlass.initialize(Network(layers), config_of(1, 1, windlass_ranks(), ROWS))
+
+
+def different_backward_counts(stage: int) -> None:
+    """Where units are reduced in every backward, ranks that disagree on their number are told within seconds."""
+    engine = start(stage)
+    began = time.monotonic()
+    with pytest.raises(windlass.WindlassError):
+        _train_with_more_backwards_on_rank_1(engine)
+    assert time.monotonic() - began < 20
+
+
+def _train_with_more_backwards_on_rank_1(engine: windlass.Engine) -> None:
+    for _ in range(3):
+        for _ in range(1 + engine.rank):
+            engine.backward(engine(*part_of(engine, 0)))
+        engine.step()
+
+
+def different_backward_counts_work(stage: int) -> None:
+    """Where the reduction waits for the boundary, every backward of every rank counts."""
+    module = build("Network")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    with start(stage) as engine:
+        ids, targets = batch(0, ROWS)
+        for _ in range(1 + engine.rank):
+            engine(*part_of(engine, 0)).backward()
+        assert engine.step()
+        for rank in range(engine.num_ranks):
+            x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
+            for _ in range(1 + rank):
+                (module(x, y) / engine.num_ranks).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        assert_like_oracle(engine, module.state_dict())

@@ -1,0 +1,453 @@
+"""The engine: one model, one plan, one rank. What users hold between `initialize` and `close`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from windlass.accelerator.interface import Accelerator, Capabilities
+from windlass.accelerator.registry import open_accelerator
+from windlass.config import Config, load_config
+from windlass.config_source import read_source
+from windlass.core import checkpoint
+from windlass.core.exchange import require_same_plan
+from windlass.core.executor import Executor
+from windlass.core.mesh import data_parallel_mesh
+from windlass.core.plan import Plan
+from windlass.core.planner import PlanSettings, make_plan
+from windlass.core.precision import WEIGHT_DTYPES, LossScaler
+from windlass.core.schedules import build_schedule
+from windlass.core.specs import describe_model, dtype_from_name
+from windlass.core.state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from windlass.core.trees import iterate_tensors, map_tensors
+from windlass.optimizer import build_optimizer, group_of_parameters, read_settings
+
+logger = logging.getLogger("windlass")
+
+_LONG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def initialize(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | Path | Config | None = None,
+    *,
+    model_parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+    lr_scheduler: Any = None,
+    accelerator: str | Accelerator | None = None,
+) -> Engine:
+    """Plan the training of `model` and make it ready to run. Every rank calls this with the same arguments.
+
+    `config` is a dict or the path of a JSON file (DeepSpeed's keys are understood). `model_parameters`: the
+    parameters to train, as a list or as groups with settings of their own (default: all). `optimizer`: a torch Adam
+    or AdamW whose groups rule, or a function that makes one. `lr_scheduler`: any object with `step()`, or a
+    function of the optimizer that makes one. Raises ConfigError or ValueError for bad input, on every rank and
+    before anything is sent.
+    """
+    wanted = accelerator if isinstance(accelerator, str) else None
+    if isinstance(accelerator, Accelerator):
+        device = accelerator
+    else:
+        device = open_accelerator(wanted, config_name=_configured_accelerator(config))
+    try:
+        ranks = device.collectives.world.size
+        resolved = config if isinstance(config, Config) else load_config(config, ranks)
+        return Engine(
+            model,
+            resolved,
+            device,
+            model_parameters,
+            optimizer,
+            lr_scheduler,
+            owns_accelerator=device is not accelerator,
+        )
+    except BaseException:
+        if device is not accelerator:
+            device.close()
+        raise
+
+
+def plan_for(model: nn.Module, config: Config, *, capabilities: Capabilities | None = None) -> Plan:
+    """The plan that `initialize` would make, without a device; the model may be on the meta device."""
+    optimizer = build_optimizer(model, config, None, None)
+    return _make_plan(model, config, optimizer)
+
+
+def _configured_accelerator(config: Mapping[str, Any] | str | Path | Config | None) -> str | None:
+    """The accelerator key, before the configuration is resolved for a number of ranks that only a device knows."""
+    if isinstance(config, Config):
+        return config.accelerator
+    _, content = read_source(config)
+    name = content.get("accelerator")
+    return name if isinstance(name, str) else None
+
+
+def _precision(config: Config) -> str:
+    return "bf16" if config.bf16.enabled else "fp16" if config.fp16.enabled else "fp32"
+
+
+def _make_plan(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer) -> Plan:
+    precision = _precision(config)
+    groups = group_of_parameters(optimizer)
+    target = WEIGHT_DTYPES[precision]
+    specs, units = describe_model(model, groups, dtype=target)
+    accumulation = config.data_types.grad_accum_dtype
+    settings = PlanSettings(
+        stage=config.zero_optimization.stage,
+        precision=precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_dtype=None if accumulation is None else _LONG_DTYPES[accumulation],
+        prefetch=config.plan.prefetch,
+        device_memory_budget=config.plan.device_memory_budget,
+    )
+    return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
+
+
+class Engine:
+    """Trains a model as its plan says. Made by `initialize`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        accelerator: Accelerator,
+        model_parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+        optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+        lr_scheduler: Any = None,
+        *,
+        owns_accelerator: bool = False,
+    ) -> None:
+        self.module = model
+        self._owns_accelerator = owns_accelerator
+        self.config = config
+        self.accelerator = accelerator
+        self.global_steps = 0
+        self.skipped_steps = 0
+        self.grad_norm: float | None = None
+        self.optimizer = build_optimizer(model, config, model_parameters, optimizer)
+        plan = _make_plan(model, config, self.optimizer)
+        self._group = accelerator.collectives.world
+        require_same_plan(plan, accelerator, self._group)
+        if self.rank == 0:
+            for message in config.messages:
+                logger.info(message)
+        if config.plan.device_memory_budget is not None:
+            accelerator.memory.set_budget(config.plan.device_memory_budget)
+        self._scaler = _build_scaler(config)
+        self._move_buffers()
+        self._executor = Executor(plan, model, accelerator, self._group)
+        self.lr_scheduler = self._build_scheduler(lr_scheduler)
+        self._state_dict_hook = model.register_state_dict_post_hook(partial(self._complete_state_dict))
+
+    # -- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Who owns which bytes, when they move, what is computed on them; print it."""
+        return self._executor.plan
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._group.size
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16; 1 otherwise."""
+        return self._scaler.scale
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group, for the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    def train(self, mode: bool = True) -> Engine:
+        """Training mode, as in torch."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Evaluation mode, as in torch."""
+        return self.train(False)
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Inputs go to the device; fp32 inputs are cast where the model is bf16 or fp16."""
+        self._notice_unfrozen()
+        args, kwargs = map_tensors(self._place_input, args), map_tensors(self._place_input, kwargs)
+        with self._executor.forward_pass(), self._autocast():
+            output = self.module(*args, **kwargs)
+        if torch.is_grad_enabled():
+            for tensor in iterate_tensors(output):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    self._executor.watch_output(tensor, self._prepare_plain_backward)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one micro-batch's loss: divided by gradient_accumulation_steps, scaled for fp16."""
+        if loss.numel() != 1:
+            raise ValueError(
+                f"engine.backward takes a scalar loss, got shape {tuple(loss.shape)}; reduce it with .mean(), or call "
+                "output.backward(gradient) as in torch"
+            )
+        factor = self.loss_scale / self.config.gradient_accumulation_steps
+        with self._executor.backward_pass():
+            (loss * factor if factor != 1.0 else loss).backward()
+
+    def step(self) -> bool:
+        """Act at the accumulation boundary: when gradient_accumulation_steps backward passes (or more) have run
+        since the last update. True if the weights changed."""
+        if self._executor.backwards < self.config.gradient_accumulation_steps:
+            return False
+        report = self._executor.step(read_settings(self.optimizer), self.loss_scale, self.config.gradient_clipping)
+        self.grad_norm = report.norm
+        before = self.loss_scale
+        self._scaler.update(overflow=not report.updated)
+        if not report.updated:
+            self.skipped_steps += 1
+            if self.rank == 0:
+                logger.warning(
+                    f"skipped an optimizer step ({self.skipped_steps} so far): a gradient was not finite; "
+                    f"loss scale {before:g} -> {self.loss_scale:g}"
+                )
+            return False
+        self.global_steps += 1
+        self.optimizer.step()  # without gradients: only tells torch's schedulers that a step was taken
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        return True
+
+    def zero_grad(self) -> None:
+        """Drop the gradients accumulated since the last step."""
+        self._executor.drop_gradients()
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        """The mean of a scalar over ranks. A collective, and one host read."""
+        total = value.detach().to(torch.float32).reshape(1).clone()
+        self.accelerator.collectives.all_reduce(total, self._group, tag="logging").wait()
+        return self.accelerator.read_host(total)[0] / self.num_ranks
+
+    # -- logical state -----------------------------------------------------------------------------------------
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All parameters and buffers on the host in logical shape, floating ones in fp32, on every rank."""
+        values = dict(self._executor.state.named_values(WEIGHT))
+        for alias, owner in self.plan.aliases.items():
+            if owner in values:
+                values[alias] = values[owner]
+        result: dict[str, Tensor] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            value = values[name] if name in values else self.accelerator.to_host(tensor)
+            result[name] = value.to(torch.float32) if value.is_floating_point() else value
+        return result
+
+    def load_full_state_dict(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters and buffers from tensors in logical shape, master weights included. A collective."""
+        self.accelerator.collectives.barrier(self._group)
+        managed = self.plan.placement_by_name
+        plain = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        for name, value in values.items():
+            if name in managed:
+                self._executor.state.write(name, WEIGHT, value.to(self.accelerator.device))
+            elif name in plain:
+                plain[name].data.copy_(value)
+            else:
+                raise ValueError(f"the model has no parameter or buffer named {name!r}")
+        self._executor.share_weights()
+
+    def full_gradient(self, name: str) -> Tensor:
+        """The mean gradient of one parameter accumulated since the last step, unscaled: host, fp32, logical shape."""
+        self._require_name(name)
+        return self._executor.full_gradient(name, self.loss_scale)
+
+    def full_optimizer_state(self, name: str) -> dict[str, Any]:
+        """`exp_avg` and `exp_avg_sq` of one parameter (host, fp32, logical shape) and its `step` count."""
+        self._require_name(name)
+        region, placement = self.plan.placement_by_name[name]
+        if not region.trainable:
+            raise ValueError(f"parameter {name!r} is frozen, so it has no optimizer state")
+        state = self._executor.state
+        moments = {key: state.read(name, key) for key in (EXP_AVG, EXP_AVG_SQ)}
+        return {**moments, "step": state.steps[placement.name]}
+
+    def save_checkpoint(
+        self, directory: str | Path, tag: str | None = None, client_state: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write `directory/tag` (default `step<N>`) and point `latest` at it. `client_state`: the caller's own JSON."""
+        tag = tag or f"step{self.global_steps}"
+        extra = {
+            "engine": {
+                "global_steps": self.global_steps,
+                "skipped_steps": self.skipped_steps,
+                "loss_scale": self._scaler.state_dict(),
+                "scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+                "groups": [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in self.optimizer.param_groups
+                ],
+            },
+            "client_state": dict(client_state or {}),
+        }
+        checkpoint.save_checkpoint(Path(directory), tag, self._executor.state, extra)
+        return Path(directory) / tag
+
+    def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> dict[str, Any]:
+        """Continue from `directory/tag` (default: what `latest` points at), saved on any number of ranks and at any
+        stage. Returns the caller's own `client_state`."""
+        self.accelerator.collectives.barrier(self._group)
+        self._executor.drop_gradients()
+        manifest = checkpoint.load_checkpoint(Path(directory), tag, self._executor.state)
+        self._executor.share_weights()
+        saved = manifest["engine"]
+        self.global_steps, self.skipped_steps = saved["global_steps"], saved["skipped_steps"]
+        self._scaler.load_state_dict(saved["loss_scale"])
+        for group, values in zip(self.optimizer.param_groups, saved["groups"], strict=False):
+            group.update({key: value for key, value in values.items() if key in group})
+        if self.lr_scheduler is not None and saved["scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(saved["scheduler"])
+        client_state: dict[str, Any] = manifest["client_state"]
+        return client_state
+
+    def close(self) -> None:
+        """Remove hooks and give back memory; close the accelerator too, unless the caller opened it. Safe to call
+        twice."""
+        if self._state_dict_hook is not None:
+            self._state_dict_hook.remove()
+        self._executor.close()
+        if self._owns_accelerator:
+            self.accelerator.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _prepare_plain_backward(self) -> None:
+        """`loss.backward()` knows nothing of the loss scale: its gradients are scaled as they land."""
+        self._executor.gradients.landing_scale = self.loss_scale
+
+    def _place_input(self, tensor: Tensor) -> Tensor:
+        target = WEIGHT_DTYPES[self.plan.precision]
+        if target is not None and tensor.dtype is torch.float32:
+            return tensor.to(self.accelerator.device, dtype_from_name(target))
+        return tensor.to(self.accelerator.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        section = self.config.torch_autocast
+        if not section.enabled:
+            return nullcontext()
+        dtype = dtype_from_name(_LONG_DTYPES[section.dtype])
+        # The cache would keep a cast copy of every gathered weight alive until the end of forward.
+        resident = self.plan.rules.weights == "resident"
+        return torch.autocast(self.accelerator.device.type, dtype, cache_enabled=resident)
+
+    def _move_buffers(self) -> None:
+        """Buffers go to the device with rank 0's values; floating ones take the model's precision."""
+        target = WEIGHT_DTYPES[_precision(self.config)]
+        for module in self.module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None or buffer.is_meta:
+                    continue
+                moved = buffer.to(self.accelerator.device)
+                if target is not None and moved.is_floating_point():
+                    moved = moved.to(dtype_from_name(target))
+                flat = moved.reshape(-1).contiguous()
+                self.accelerator.collectives.broadcast(flat, 0, self._group, tag="initial buffers").wait()
+                module._buffers[name] = flat.view(moved.shape)
+
+    def _build_scheduler(self, given: Any) -> Any:
+        if given is not None:
+            return given if hasattr(given, "step") else given(self.optimizer)
+        section = self.config.scheduler
+        return None if section is None else build_schedule(self.optimizer, section.type, section.params)
+
+    def _notice_unfrozen(self) -> None:
+        """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan."""
+        if self._executor.backwards or not self._frozen_names():
+            return
+        parameters = dict(self.module.named_parameters())
+        if any(parameters[name].requires_grad for name in self._frozen_names()):
+            self._replan()
+
+    def _frozen_names(self) -> list[str]:
+        if not hasattr(self, "_frozen"):
+            groups = group_of_parameters(self.optimizer)
+            self._frozen = [
+                name
+                for name, parameter in self.module.named_parameters()
+                if name not in self.plan.parameter_index and id(parameter) in groups
+            ]
+        return self._frozen
+
+    def _replan(self) -> None:
+        """Move everything that is known under the old plan to a new one. A collective."""
+        old = self._executor
+        weights = self.full_state_dict()
+        moments = {key: dict(old.state.named_values(key)) for key in (EXP_AVG, EXP_AVG_SQ)}
+        steps = dict(old.state.steps)
+        old.close()
+        for name, parameter in self.module.named_parameters():
+            value = weights[name].to(self.accelerator.device)
+            parameter.data = value if parameter.dtype is torch.float32 else value.to(parameter.dtype)
+        plan = _make_plan(self.module, self.config, self.optimizer)
+        require_same_plan(plan, self.accelerator, self._group)
+        self._executor = Executor(plan, self.module, self.accelerator, self._group)
+        for name in plan.placement_by_name:
+            if name not in plan.aliases:
+                self._executor.state.write(name, WEIGHT, weights[name].to(self.accelerator.device))
+                for key, values in moments.items():
+                    if name in values:
+                        self._executor.state.write(name, key, values[name].to(self.accelerator.device))
+        self._executor.state.steps.update({name: count for name, count in steps.items() if count})
+        self._executor.share_weights()
+        del self._frozen
+
+    def _complete_state_dict(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
+        """Where weights are sharded: put the whole ones into `module.state_dict()`. A collective."""
+        if self._executor.state.resident or any(isinstance(one, nn.Parameter) for one in state_dict.values()):
+            return
+        for name, value in self._executor.state.named_values(WEIGHT):
+            for key in (name, *(alias for alias, owner in self.plan.aliases.items() if owner == name)):
+                if prefix + key in state_dict:
+                    whole = value.to(self.accelerator.device, state_dict[prefix + key].dtype)
+                    state_dict[prefix + key] = whole
+
+    def _require_name(self, name: str) -> None:
+        if name not in self.plan.placement_by_name:
+            raise ValueError(f"the plan has no parameter named {name!r}; names are those of module.named_parameters()")
+
+
+def _build_scaler(config: Config) -> LossScaler:
+    section = config.fp16
+    if not section.enabled:
+        return LossScaler()
+    if section.loss_scale > 0:
+        return LossScaler(scale=section.loss_scale)
+    return LossScaler(
+        scale=float(2**section.initial_scale_power),
+        static=False,
+        window=section.loss_scale_window,
+        hysteresis=section.hysteresis,
+        consecutive_hysteresis=section.consecutive_hysteresis,
+        minimum=section.min_loss_scale,
+    )

@@ -1,0 +1,104 @@
+"""Parameter groups: what a user passes as optimizer or parameters, as the settings that the core updates with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from windlass.config import Config
+from windlass.core.adamw import AdamWSettings
+
+# Options of torch's Adam and AdamW that change the arithmetic and that the update kernel does not have.
+_UNSUPPORTED = ("amsgrad", "maximize")
+
+
+class PlannedOptimizer(torch.optim.Optimizer):
+    """Carries parameter groups, so that any scheduler can drive them. The engine's plan does the update."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Called by the engine after each update, to keep torch's schedulers in step; does nothing itself."""
+        return None if closure is None else closure()
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: Config,
+    parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+) -> torch.optim.Optimizer:
+    """The optimizer whose groups rule: the user's own (torch Adam or AdamW), or one made from the configuration."""
+    chosen = list(module.parameters()) if parameters is None else list(parameters)
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer(chosen)
+        _check_optimizer(optimizer)
+        _check_parameters(module, optimizer)
+        return optimizer
+    if not chosen:
+        raise ValueError("the model has no parameters, so there is nothing to train; pass a module that has some")
+    given = config.optimizer.params
+    defaults = {
+        "lr": given.lr,
+        "betas": given.betas,
+        "eps": given.eps,
+        "weight_decay": given.weight_decay,
+        "decoupled": given.decoupled,
+    }
+    made = PlannedOptimizer(cast(Any, chosen), defaults)
+    _check_parameters(module, made)
+    return made
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, PlannedOptimizer):
+        return
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} is not supported yet; pass torch.optim.AdamW or torch.optim.Adam, "
+            "or leave it out and use the configuration"
+        )
+    for group in optimizer.param_groups:
+        for option in _UNSUPPORTED:
+            if group.get(option):
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__} with {option}=True is not supported; turn it off"
+                )
+
+
+def _check_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(parameter) for parameter in module.parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in own:
+                raise ValueError(
+                    f"parameter group {index} holds a parameter of shape {tuple(parameter.shape)} that is not in the "
+                    "model; pass parameters of the same module"
+                )
+
+
+def group_of_parameters(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """id(parameter) -> index of its group."""
+    return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def read_settings(optimizer: torch.optim.Optimizer) -> list[AdamWSettings]:
+    """What each group says now: read anew for every step, since schedulers write into the groups."""
+    settings = []
+    for group in optimizer.param_groups:
+        decoupled = group.get("decoupled", group.get("decoupled_weight_decay"))
+        if decoupled is None:
+            decoupled = isinstance(optimizer, torch.optim.AdamW)
+        beta1, beta2 = group["betas"]
+        settings.append(
+            AdamWSettings(
+                lr=float(group["lr"]),
+                betas=(float(beta1), float(beta2)),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                decoupled=bool(decoupled),
+            )
+        )
+    return settings
