@@ -386,36 +386,52 @@ def low_precision_against_oracle(stage: int, precision: str) -> None:
     """Low-precision weights, fp32 master and moments: each rank's gradients in low precision, summed in fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     section: dict[str, Any] = {"enabled": True} if precision == "bf16" else {"enabled": True, "initial_scale_power": 6}
-    master, low = build("Network"), build("Network").to(dtype)
-    optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     given: dict[str, Any] = {precision: section}
     with start(stage, **given) as engine:
-        scale = engine.loss_scale
-        for step in range(5):
-            ids, targets = batch(step, ROWS)
-            for parameter in master.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            for rank in range(engine.num_ranks):
-                x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
-                low.zero_grad()
-                (low(x, y) * scale).backward()
-                for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
-                    assert parameter.grad is not None
-                    assert other.grad is not None
-                    parameter.grad += other.grad.float() / (scale * engine.num_ranks)
-            torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
-                    other.copy_(parameter)
-            engine.backward(engine(*part_of(engine, step)))
-            assert engine.step()
-        # The same operations in the same precision: only the order of a few fp32 sums may differ, and flips of a
-        # low-precision rounding that follow from it.
-        assert max(distance(engine.full_state_dict(), master.state_dict()).values()) < 1e-3
+        master = _follow_master_weights(engine, build("Network"), build("Network").to(dtype))
+        full = engine.full_state_dict()
         for name, value in engine.module.state_dict().items():
             assert value.dtype is dtype
-            assert torch.equal(value, engine.full_state_dict()[name].to(dtype))
+            assert torch.equal(value, full[name].to(dtype))
+        assert max(distance(full, master.state_dict()).values()) < 1e-3
+
+
+def mixed_dtypes_in_one_module(stage: int) -> None:
+    """A bf16 block in an fp32 model keeps a master of its own; an integer buffer stays what it is."""
+    with start(stage, "MixedDtypes") as engine:
+        master = _follow_master_weights(engine, build("MixedDtypes").float(), build("MixedDtypes"))
+        full = engine.full_state_dict()
+        assert torch.equal(full.pop("count"), torch.arange(5))
+        state = master.state_dict()
+        state.pop("count")
+        assert max(distance(full, state).values()) < 1e-3
+
+
+def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.Module) -> nn.Module:
+    """Train the engine and, in plain PyTorch, `low` with its fp32 `master`; returns the master. The operations and
+    precisions are the same: only the order of a few fp32 sums may differ, and flips of a rounding that follow."""
+    optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    scale = engine.loss_scale
+    for step in range(5):
+        ids, targets = batch(step, ROWS)
+        for parameter in master.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for rank in range(engine.num_ranks):
+            x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
+            low.zero_grad()
+            (low(x, y) * scale).backward()
+            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                assert parameter.grad is not None
+                assert other.grad is not None
+                parameter.grad += other.grad.float() / (scale * engine.num_ranks)
+        torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                other.copy_(parameter)
+        engine.backward(engine(*part_of(engine, step)))
+        assert engine.step()
+    return master
 
 
 class _Sparse(nn.Module):

@@ -133,7 +133,8 @@ class Adapted(nn.Module):
         self.inner = Network()
         self.inner.requires_grad_(False)
         for block in self.inner.blocks:
-            block.up = Adapted._Linear(block.up)
+            assert isinstance(block, Block)
+            block.up = Adapted._Linear(block.up)  # type: ignore[assignment]
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         result: Tensor = self.inner(ids, targets)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from windlass.cli_errors import end_on_sigterm, fail, one_line_errors, say, unsaid_messages
 
 if TYPE_CHECKING:
     from windlass.config import Config
@@ -55,7 +52,7 @@ def train(
 
     By default the text is English that every Python ships, and a token is a byte.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from windlass.job import detect_job
 
         job = detect_job(os.environ)
@@ -71,7 +68,7 @@ def train(
         from windlass.launch import set_threads
 
         threads = set_threads(num_ranks, os.environ) if job.place is None else None  # read when torch is imported
-        from windlass.recipe import TrainOptions, check_options
+        from windlass.recipe import TrainOptions, check_options, make_folder
 
         options = TrainOptions(
             out=str(out or f"runs/{model}-{time.strftime('%Y%m%d-%H%M%S')}"),
@@ -84,11 +81,12 @@ def train(
             resume=resume,
             save_every=save_every,
         )
-        with _unsaid_messages():  # the ranks will say them
+        with unsaid_messages():  # the ranks will say them
             resolved = check_options(options, num_ranks)
         _check_accelerator(accelerator, resolved)
+        make_folder(options)
     if threads is not None:
-        _say(threads)
+        say(threads)
     sys.exit(_train(options, job, num_ranks))
 
 
@@ -103,7 +101,7 @@ def run(
 
     On this host, on those of a file, or as Slurm, PBS or MPI say.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from windlass.job import detect_job, read_hosts
         from windlass.launch import host_commands, run_on_hosts, set_threads, slurm_command, start_ranks, this_host
 
@@ -121,11 +119,11 @@ def run(
         num_ranks = _decide_ranks(job, ranks)
     if job.place is not None:
         os.execve(sys.executable, [sys.executable, *command], {**os.environ, **job.place.variables()})
-    with _one_line_errors(failed=1), _end_on_sigterm():
+    with one_line_errors(failed=1), end_on_sigterm():
         if not named:
             threads = set_threads(num_ranks, os.environ)
             if threads is not None:
-                _say(threads)
+                say(threads)
             start_ranks([sys.executable, *command], num_ranks)
         elif hosts is None and job.launcher == "Slurm":
             run_on_hosts(["Slurm"], [slurm_command(named, command)])
@@ -146,7 +144,7 @@ def plan(
 
     The plan is what training would follow; nothing is trained.
     """
-    with _one_line_errors():
+    with one_line_errors():
         _require_positive("--ranks", ranks)
         from windlass.recipe import show_messages
 
@@ -159,11 +157,11 @@ def plan(
 
         with torch.device("meta"):
             made = plan_for(build_model(model), resolved)
+    for message in resolved.messages:
+        say(message)
     if as_json:
         print(json.dumps({"config": resolved.resolved(), "plan": made.to_json()}, indent=2))
         return
-    for message in resolved.messages:
-        _say(message)
     print(f"{made}\n\nConfiguration\n{json.dumps(resolved.resolved(), indent=2)}")
 
 
@@ -193,9 +191,9 @@ def main() -> NoReturn:
     try:
         app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE_ERROR as error:
-        _fail(" ".join(str(error.format_message()).split()), 2)
+        fail(" ".join(str(error.format_message()).split()), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 1)
+        fail("stopped", 1)
     sys.exit(0)
 
 
@@ -214,7 +212,7 @@ def _train(options: TrainOptions, job: Job, num_ranks: int) -> int:
     try:
         start_ranks(command, num_ranks)
     except RanksFailed as error:
-        _say(str(error))
+        say(str(error))
         return 1
     return 0
 
@@ -261,53 +259,6 @@ def _check_accelerator(name: str | None, config: Config) -> None:
 def _require_positive(option: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(f"{option} must be at least 1, got {value}")
-
-
-@contextlib.contextmanager
-def _one_line_errors(failed: int = 2) -> Iterator[None]:
-    """Turn an error that we raised on purpose into its one line and an exit code."""
-    from windlass.accelerator.errors import WindlassError
-
-    try:
-        yield
-    except (ValueError, WindlassError) as error:
-        if os.environ.get("WINDLASS_DEBUG") == "1":
-            raise
-        _fail(" ".join(str(error).split()), failed)
-
-
-@contextlib.contextmanager
-def _unsaid_messages() -> Iterator[None]:
-    """Keep what windlass logs to ourselves."""
-    logger, handler = logging.getLogger("windlass"), logging.NullHandler()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _end_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind this process as Ctrl-C does, so that it ends what it has started."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _say(line: str) -> None:
-    print(f"windlass: {line}", file=sys.stderr, flush=True)
-
-
-def _fail(line: str, code: int) -> NoReturn:
-    _say(line)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

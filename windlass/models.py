@@ -144,9 +144,8 @@ class GPT(nn.Module):
     ) -> Tensor:  # the mean loss in nats per token, fp32; without targets logits (batch, sequence, vocabulary)
         length = ids.shape[1]
         if length > self.shape.sequence_length:
-            raise ValueError(
-                f"model {self.shape.name!r} takes at most {self.shape.sequence_length} tokens per sequence, got {length}"
-            )
+            most = self.shape.sequence_length
+            raise ValueError(f"model {self.shape.name!r} takes at most {most} tokens per sequence, got {length}")
         positions = torch.arange(length, device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)
         for block in self.blocks:

@@ -94,13 +94,19 @@ def check_options(options: TrainOptions, num_ranks: int) -> Config:
     shape = find_shape(options.model)
     load_text(None if options.text is None else Path(options.text), shape.sequence_length)
     folder = RunFolder(Path(options.out))
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"--out {folder.path}: this is a file, name a folder")
     if folder.has_checkpoint and not options.resume:
         raise ValueError(
             f"--out {folder.path}: the folder holds the checkpoint of a run, go on with it by --resume or name another"
         )
     return resolve_config(options, num_ranks)
+
+
+def make_folder(options: TrainOptions) -> None:
+    """Make the folder of the run, if it is not there; raises ValueError in one sentence."""
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {options.out}: the folder cannot be made, {error.strerror}; name another") from error
 
 
 def train(options: TrainOptions) -> Summary:

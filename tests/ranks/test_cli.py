@@ -81,6 +81,7 @@ def test_bad_configuration_is_one_line_and_exit_code_2(main: Main, tmp_path: Pat
         (["train", "--save-every", "0"], "--save-every must be at least 1, got 0"),
         (["train", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["train", "--resume"], "--resume needs --out"),
+        (["train", "--out", f"{__file__}/run"], "test_cli.py/run: the folder cannot be made, Not a directory; name"),
         (["train", "--rnks", "2"], "No such option: --rnks"),
         (["trian"], "No such command 'trian'"),
         (["plan", "--model", "huge"], "there is no model named 'huge'"),

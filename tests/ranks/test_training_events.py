@@ -28,6 +28,7 @@ STAGES = [0, 1, 2, 3]
         events.dropped_gradients_leave_no_trace,
         events.two_engines_in_one_process,
         events.one_sequence_of_dropout_per_rank,
+        events.mixed_dtypes_in_one_module,
     ],
     ids=lambda event: event.__name__,
 )

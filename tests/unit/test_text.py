@@ -40,7 +40,8 @@ def test_held_out_is_the_end_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_targets_are_the_next_bytes(numbered: Text) -> None:
     for ids, targets in (numbered.samples(1, 0, 32), numbered.evaluation_samples()):
         assert ids.dtype is targets.dtype is torch.int64
-        assert ids.shape == targets.shape and ids.shape[1] == 16
+        assert ids.shape == targets.shape
+        assert ids.shape[1] == 16
         assert torch.equal(targets, (ids + 1) % 251)
 
 

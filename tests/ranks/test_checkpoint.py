@@ -1,0 +1,64 @@
+"""What was saved on some ranks at some stage loads on others, to the bit, and training goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saving
+from rank_pool import run_ranks
+
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize("more", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [((2, 1), (2, 1)), ((2, 3), (3, 0)), ((3, 0), (2, 2)), ((1, 2), (4, 3)), ((4, 3), (1, 1))],
+    ids=lambda pair: f"{pair[0]}ranks-stage{pair[1]}",
+)
+def test_saved_state_loads_anywhere(
+    tmp_path: Path, written: tuple[int, int], read: tuple[int, int], more: dict[str, Any]
+) -> None:
+    saved = run_ranks(saving.save, written[0], str(tmp_path), written[1], more)[0]
+    run_ranks(saving.load, read[0], str(tmp_path), read[1], more, saved)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stage: int) -> None:
+    saved = run_ranks(saving.save, 2, str(tmp_path), stage, {})[0]
+    resumed = run_ranks(saving.load, 2, str(tmp_path), stage, {}, saved)[0]
+    assert saving.same(resumed, run_ranks(saving.train_through, 2, stage, {})[0])
+
+
+def test_bad_checkpoints_are_named_and_change_nothing(tmp_path: Path) -> None:
+    run_ranks(saving.expect_error, 2, str(tmp_path), "Tied", "there is no checkpoint in")
+    run_ranks(saving.save, 2, str(tmp_path), 1, {})
+    run_ranks(saving.expect_error, 2, str(tmp_path), "TinyPieces", r"does not fit the model: it lacks .*none")
+    data = tmp_path / "step3" / "rank00001.bin"
+    content = bytearray(data.read_bytes())
+    content[200] ^= 1
+    data.write_bytes(content)
+    run_ranks(saving.expect_error, 2, str(tmp_path), "Tied", "is damaged: .* does not have the checksum")
+
+
+def test_layout_is_raw_bytes_and_one_manifest(tmp_path: Path) -> None:
+    """The files can be read by anyone with the manifest: no pickle, aligned, addressed by boxes."""
+    import numpy as np
+
+    saved = run_ranks(saving.save, 3, str(tmp_path), 3, {})[0]
+    assert (tmp_path / "latest").read_text() == "step3"
+    folder = tmp_path / "step3"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json", "rank00000.bin", "rank00001.bin", "rank00002.bin",
+    ]  # fmt: skip
+    manifest = json.loads((folder / "manifest.json").read_text())
+    whole = np.zeros(saved["weights"]["head.weight"].numel(), dtype=np.float32)
+    for entry in manifest["tensors"]:
+        assert entry["offset"] % 128 == 0
+        if (entry["name"], entry["key"]) == ("embedding.weight", "weight"):
+            raw = (folder / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["length"]]
+            whole[entry["start"] : entry["stop"]] = np.frombuffer(raw, dtype="<f4")
+    assert (whole == saved["weights"]["embedding.weight"].numpy().reshape(-1)).all()
