@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from events import part_of, start
 from torch import Tensor
 
 import windlass
+from events import part_of, start
 
 SOON = 20.0  # seconds; the others must know long before any timeout of the surroundings
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, Block, Network, batch
 from torch import nn
-from training import config_of, my_part, windlass_ranks
 
 import windlass
+from small_models import VOCABULARY, Block, Network, batch
+from training import config_of, my_part, windlass_ranks
 
 LAYERS, WIDE = 16, 128
 

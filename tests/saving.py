@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_models import build
-from training import config_of, train_engine, windlass_ranks
 
 import windlass
+from small_models import build
+from training import config_of, train_engine, windlass_ranks
 
 
 def start(stage: int, model: str = "Tied", **more: Any) -> windlass.Engine:

@@ -1,4 +1,4 @@
-"""What was saved on some ranks at some stage loads on others, to the bit, and training goes on as if nothing had been."""
+"""What was saved on some ranks at some stage loads on others, to the bit, and training goes on unchanged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import saving
 from rank_pool import run_ranks
 

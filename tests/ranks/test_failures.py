@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import failing
 import pytest
+
+import failing
 from rank_pool import RanksFailed, run_ranks
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import memory_workers
 import pytest
+
+import memory_workers
 from rank_pool import run_ranks
 
 
