@@ -72,22 +72,13 @@ class Executor:
 
     # -- forward and backward ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """One call of the model. An exception inside leaves nothing in use."""
+    def begin_forward(self) -> None:
+        """The model is about to be called; whatever a pass that ended in an exception left behind is over."""
         self._require(Phase.ACCUMULATING, "run a forward pass")
         if not _inside_autograd():
             self._in_backward = False
         if self.residency is not None:
             self.residency.begin_forward()
-        try:
-            yield
-        except BaseException:
-            if self.residency is not None:
-                self.residency.abandon()
-            raise
-        if self.residency is not None:
-            self.residency.finish_forward()
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:

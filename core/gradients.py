@@ -164,7 +164,11 @@ class Gradients:
             offset += size
             self._pack(region, packed)
             arrived = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
-            work = self.accelerator.collectives.reduce_scatter(arrived, packed, self.state.group, tag=TAG)
+            streams = self.accelerator.streams
+            written = streams.record()
+            with streams.lane("reduce"):
+                streams.wait(written)
+                work = self.accelerator.collectives.reduce_scatter(arrived, packed, self.state.group, tag=TAG)
             self._flying.append(_Reduction(region, work, arrived, index))
 
     def _pack(self, region: Region, packed: Tensor) -> None:
@@ -195,7 +199,7 @@ class Gradients:
             return
         if name in self.shards:
             self.shards[name].add_(one.arrived)
-            self.accelerator.memory.release(one.arrived)
+            self.accelerator.memory.release(one.arrived, after=self.accelerator.streams.record())
         else:
             self.shards[name] = one.arrived
 

@@ -80,5 +80,8 @@ def render_plan(plan: Plan) -> str:
 
 
 def _traffic(title: str, part: Iterable[Traffic]) -> list[str]:
-    rows = [f"{one.kind} {one.tag}: {one.calls} calls, {format_bytes(one.bytes)}" for one in part]
+    rows = [
+        f"{one.kind} {one.tag}: {one.calls} call{'' if one.calls == 1 else 's'}, {format_bytes(one.bytes)}"
+        for one in part
+    ]
     return [f"  {title:<18}{rows[0] if rows else 'nothing'}", *[f"  {'':<18}{row}" for row in rows[1:]]]

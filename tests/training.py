@@ -9,6 +9,8 @@ from torch import Tensor
 
 import windlass
 from small_models import batch, build, loss_of
+from windlass.backends.cpu.collectives import TransportChoice
+from windlass.backends.cpu.device import open_cpu
 
 LR, WEIGHT_DECAY = 1e-2, 0.05
 
@@ -52,15 +54,21 @@ def train_engine(
 
 
 def train_grid(
-    model: str, stages: list[int], accumulations: list[int], steps: int, plain: bool = False
+    model: str,
+    stages: list[int],
+    accumulations: list[int],
+    steps: int,
+    plain: bool = False,
+    transport: TransportChoice = "auto",
 ) -> dict[tuple[int, int], dict[str, Any]]:
     """Train one model at several stages and accumulations; what each came to, and what was counted."""
     results = {}
+    accelerator = open_cpu(transport=transport)
     for stage in stages:
         for accumulation in accumulations:
             ranks = windlass_ranks()
             config = config_of(stage, accumulation, ranks)
-            with windlass.initialize(build(model), config) as engine:
+            with windlass.initialize(build(model), config, accelerator=accelerator) as engine:
                 norms = train_engine(engine, steps - 1, plain=plain)
                 counters, memory = engine.accelerator.counters, engine.accelerator.memory
                 counters.reset()
@@ -82,7 +90,8 @@ def train_grid(
                     "persistent": dict(engine.plan.prediction.persistent),
                     "extra_slots": 0 if residency is None else residency.extra_slots,
                 }
-            assert engine.accelerator.memory.stats().used.value == 0
+            assert accelerator.memory.stats().used.value == 0
+    accelerator.close()
     return results
 
 

@@ -152,8 +152,8 @@ def plan(
         resolved = _plan_config(config, model, ranks)
         import torch
 
-        from windlass.engine import plan_for
         from windlass.models import build_model
+        from windlass.planning import plan_for
 
         with torch.device("meta"):
             made = plan_for(build_model(model), resolved)

@@ -12,26 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from windlass.accelerator.interface import Accelerator, Capabilities
+from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.registry import open_accelerator
 from windlass.config import Config, load_config
 from windlass.config_source import read_source
 from windlass.core import checkpoint
 from windlass.core.exchange import require_same_plan
 from windlass.core.executor import Executor
-from windlass.core.mesh import data_parallel_mesh
+from windlass.core.handover import hand_over, put_back, take_over
 from windlass.core.plan import Plan
-from windlass.core.planner import PlanSettings, make_plan
-from windlass.core.precision import WEIGHT_DTYPES, LossScaler
+from windlass.core.precision import WEIGHT_DTYPES
 from windlass.core.schedules import build_schedule
-from windlass.core.specs import describe_model, dtype_from_name
+from windlass.core.specs import dtype_from_name
 from windlass.core.state import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from windlass.core.trees import iterate_tensors, map_tensors
 from windlass.optimizer import build_optimizer, group_of_parameters, read_settings
+from windlass.planning import LONG_DTYPES, build_scaler, plan_training, precision_of
 
 logger = logging.getLogger("windlass")
-
-_LONG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def initialize(
@@ -74,12 +72,6 @@ def initialize(
         raise
 
 
-def plan_for(model: nn.Module, config: Config, *, capabilities: Capabilities | None = None) -> Plan:
-    """The plan that `initialize` would make, without a device; the model may be on the meta device."""
-    optimizer = build_optimizer(model, config, None, None)
-    return _make_plan(model, config, optimizer)
-
-
 def _configured_accelerator(config: Mapping[str, Any] | str | Path | Config | None) -> str | None:
     """The accelerator key, before the configuration is resolved for a number of ranks that only a device knows."""
     if isinstance(config, Config):
@@ -87,27 +79,6 @@ def _configured_accelerator(config: Mapping[str, Any] | str | Path | Config | No
     _, content = read_source(config)
     name = content.get("accelerator")
     return name if isinstance(name, str) else None
-
-
-def _precision(config: Config) -> str:
-    return "bf16" if config.bf16.enabled else "fp16" if config.fp16.enabled else "fp32"
-
-
-def _make_plan(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer) -> Plan:
-    precision = _precision(config)
-    groups = group_of_parameters(optimizer)
-    target = WEIGHT_DTYPES[precision]
-    specs, units = describe_model(model, groups, dtype=target)
-    accumulation = config.data_types.grad_accum_dtype
-    settings = PlanSettings(
-        stage=config.zero_optimization.stage,
-        precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_dtype=None if accumulation is None else _LONG_DTYPES[accumulation],
-        prefetch=config.plan.prefetch,
-        device_memory_budget=config.plan.device_memory_budget,
-    )
-    return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
 
 
 class Engine:
@@ -132,18 +103,16 @@ class Engine:
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         self.optimizer = build_optimizer(model, config, model_parameters, optimizer)
-        plan = _make_plan(model, config, self.optimizer)
         self._group = accelerator.collectives.world
-        require_same_plan(plan, accelerator, self._group)
-        if self.rank == 0:
-            for message in config.messages:
-                logger.info(message)
+        self._frozen: list[nn.Parameter] = []  # in a group, but without requires_grad when the plan was made
         if config.plan.device_memory_budget is not None:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
-        self._scaler = _build_scaler(config)
+        self._scaler = build_scaler(config)
+        plan = self._agree_on_plan()
         self._move_buffers()
-        self._executor = Executor(plan, model, accelerator, self._group)
+        self._executor = self._execute(plan)
         self.lr_scheduler = self._build_scheduler(lr_scheduler)
+        self._tell(config.messages)
         self._state_dict_hook = model.register_state_dict_post_hook(partial(self._complete_state_dict))
 
     # -- facts -------------------------------------------------------------------------------------------------
@@ -190,7 +159,8 @@ class Engine:
         """Run the model. Inputs go to the device; fp32 inputs are cast where the model is bf16 or fp16."""
         self._notice_unfrozen()
         args, kwargs = map_tensors(self._place_input, args), map_tensors(self._place_input, kwargs)
-        with self._executor.forward_pass(), self._autocast():
+        self._executor.begin_forward()
+        with self._autocast():
             output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
@@ -340,6 +310,12 @@ class Engine:
 
     # -- parts -------------------------------------------------------------------------------------------------
 
+    def _tell(self, messages: Iterable[str]) -> None:
+        """What the configuration led to, once: "warning: ..." and "info: ..." lines."""
+        for message in messages if self.rank == 0 else ():
+            level, _, text = message.partition(": ")
+            logger.log(logging.WARNING if level == "warning" else logging.INFO, text)
+
     def _prepare_plain_backward(self) -> None:
         """`loss.backward()` knows nothing of the loss scale: its gradients are scaled as they land."""
         self._executor.gradients.landing_scale = self.loss_scale
@@ -354,14 +330,14 @@ class Engine:
         section = self.config.torch_autocast
         if not section.enabled:
             return nullcontext()
-        dtype = dtype_from_name(_LONG_DTYPES[section.dtype])
+        dtype = dtype_from_name(LONG_DTYPES[section.dtype])
         # The cache would keep a cast copy of every gathered weight alive until the end of forward.
         resident = self.plan.rules.weights == "resident"
         return torch.autocast(self.accelerator.device.type, dtype, cache_enabled=resident)
 
     def _move_buffers(self) -> None:
         """Buffers go to the device with rank 0's values; floating ones take the model's precision."""
-        target = WEIGHT_DTYPES[_precision(self.config)]
+        target = WEIGHT_DTYPES[precision_of(self.config)]
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is None or buffer.is_meta:
@@ -380,45 +356,31 @@ class Engine:
         return None if section is None else build_schedule(self.optimizer, section.type, section.params)
 
     def _notice_unfrozen(self) -> None:
-        """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan."""
-        if self._executor.backwards or not self._frozen_names():
-            return
-        parameters = dict(self.module.named_parameters())
-        if any(parameters[name].requires_grad for name in self._frozen_names()):
-            self._replan()
+        """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan. A
+        collective then; every rank unfreezes the same parameters."""
+        if self._frozen and not self._executor.backwards and any(one.requires_grad for one in self._frozen):
+            old = self._executor
+            handover = take_over(old.state)
+            old.close()
+            put_back(handover, old.state)
+            self._executor = self._execute(self._agree_on_plan())
+            hand_over(handover, self._executor.state)
+            self._executor.share_weights()
 
-    def _frozen_names(self) -> list[str]:
-        if not hasattr(self, "_frozen"):
-            groups = group_of_parameters(self.optimizer)
-            self._frozen = [
-                name
-                for name, parameter in self.module.named_parameters()
-                if name not in self.plan.parameter_index and id(parameter) in groups
-            ]
-        return self._frozen
-
-    def _replan(self) -> None:
-        """Move everything that is known under the old plan to a new one. A collective."""
-        old = self._executor
-        weights = self.full_state_dict()
-        moments = {key: dict(old.state.named_values(key)) for key in (EXP_AVG, EXP_AVG_SQ)}
-        steps = dict(old.state.steps)
-        old.close()
-        for name, parameter in self.module.named_parameters():
-            value = weights[name].to(self.accelerator.device)
-            parameter.data = value if parameter.dtype is torch.float32 else value.to(parameter.dtype)
-        plan = _make_plan(self.module, self.config, self.optimizer)
+    def _agree_on_plan(self) -> Plan:
+        plan = plan_training(self.module, self.config, self.optimizer)
         require_same_plan(plan, self.accelerator, self._group)
-        self._executor = Executor(plan, self.module, self.accelerator, self._group)
-        for name in plan.placement_by_name:
-            if name not in plan.aliases:
-                self._executor.state.write(name, WEIGHT, weights[name].to(self.accelerator.device))
-                for key, values in moments.items():
-                    if name in values:
-                        self._executor.state.write(name, key, values[name].to(self.accelerator.device))
-        self._executor.state.steps.update({name: count for name, count in steps.items() if count})
-        self._executor.share_weights()
-        del self._frozen
+        return plan
+
+    def _execute(self, plan: Plan) -> Executor:
+        grouped = group_of_parameters(self.optimizer)
+        executor = Executor(plan, self.module, self.accelerator, self._group)
+        self._frozen = [
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if name not in plan.parameter_index and id(parameter) in grouped
+        ]
+        return executor
 
     def _complete_state_dict(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
@@ -435,19 +397,3 @@ class Engine:
     def _require_name(self, name: str) -> None:
         if name not in self.plan.placement_by_name:
             raise ValueError(f"the plan has no parameter named {name!r}; names are those of module.named_parameters()")
-
-
-def _build_scaler(config: Config) -> LossScaler:
-    section = config.fp16
-    if not section.enabled:
-        return LossScaler()
-    if section.loss_scale > 0:
-        return LossScaler(scale=section.loss_scale)
-    return LossScaler(
-        scale=float(2**section.initial_scale_power),
-        static=False,
-        window=section.loss_scale_window,
-        hysteresis=section.hysteresis,
-        consecutive_hysteresis=section.consecutive_hysteresis,
-        minimum=section.min_loss_scale,
-    )

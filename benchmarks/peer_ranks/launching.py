@@ -1,0 +1,134 @@
+"""How one system is started and what comes back: ranks under torch.distributed.run, one JSON file from each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache" / "peers"
+CORPUS = CACHE / "corpus.bin"
+RANKS = 2
+LONGEST_RUN = 900  # seconds; DeepSpeed compiles its operators in its first run, about 3 minutes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train the model, and how its ranks are started."""
+
+    system: str
+    script: str
+    precision: str
+    stage: int | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """What `--profile` calls it."""
+        return "-".join(str(part) for part in (self.system, self.variant, self.stage) if part not in ("", None))
+
+
+FLOOR = Candidate("floor", "floor.py", "autocast")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one start of one candidate gave: means over ranks, or the reason why there is nothing."""
+
+    candidate: Candidate
+    round: int
+    load: float  # processes that wanted to run when it started, over the last minute
+    reason: str = ""  # empty: measured
+    total_ms: tuple[float, ...] = ()  # per timed step
+    forward_ms: tuple[float, ...] = ()
+    backward_ms: tuple[float, ...] = ()
+    step_ms: tuple[float, ...] = ()
+    processor_ms: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()  # of every step, the warm ones too
+    peak_resident_mib: float = 0.0  # of the largest rank
+    versions: dict[str, str] | None = None
+
+
+def expose_model() -> Path:
+    """A folder that holds windlass and nothing else, for an environment without it: the model's file needs only torch.
+
+    The root of the tree will not do. It would also offer a package `accelerator`, which DeepSpeed looks for.
+    """
+    folder = CACHE / "importable"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "windlass"
+    link.unlink(missing_ok=True)
+    link.symlink_to(ROOT / "windlass", target_is_directory=True)
+    return folder
+
+
+def start_ranks(
+    candidate: Candidate, interpreter: str, output: Path, *, warm: int, steps: int, profile: Path | None
+) -> str:
+    """Run the ranks to their end, each writing its file into `output`. Returns why they failed, or nothing."""
+    command = [interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += [str(SCRIPTS / candidate.script), f"--corpus={CORPUS}", f"--output={output}"]
+    command += [f"--warm={warm}", f"--steps={steps}", f"--stage={candidate.stage or 0}"]
+    command += [f"--variant={candidate.variant}"] + ([f"--profile={profile}"] if profile else [])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if candidate.system == "deepspeed":
+        environment |= {
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(interpreter).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja lies there
+            "PYTHONPATH": str(expose_model()),
+            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions")),
+        }
+    log = output / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(LONGEST_RUN)
+        except subprocess.TimeoutExpired:
+            return f"no end after {LONGEST_RUN} s, see {log}"
+        finally:
+            if process.poll() is None:
+                process.terminate()  # the launcher passes it on to the ranks, which a kill would leave behind
+                process.wait(60)
+    if code == 0:
+        return ""
+    error = re.compile(r"^(?:\[rank\d+\]: )?(\w[\w.]*(?:Error|Exception|Exit|Failed|Absent)\b.*)$", re.MULTILINE)
+    errors = error.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return f"{errors[0][:200] if errors else f'exit status {code}'}, see {log}"
+
+
+def run_candidate(
+    candidate: Candidate, number: int, interpreter: str, *, warm: int, steps: int, profile: Path | None
+) -> Run:
+    """One start of one candidate."""
+    load = os.getloadavg()[0]
+    output = CACHE / "runs" / candidate.name
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    reason = start_ranks(candidate, interpreter, output, warm=warm, steps=steps, profile=profile)
+    if reason:
+        return Run(candidate, number, load, reason)
+    reports = [json.loads((output / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+
+    def mean_over_ranks(key: str) -> tuple[float, ...]:
+        return tuple(statistics.fmean(values) for values in zip(*(each[key] for each in reports), strict=True))
+
+    keys = ("total_ms", "forward_ms", "backward_ms", "step_ms", "processor_ms", "losses")
+    return Run(
+        candidate, number, load,
+        **{key: mean_over_ranks(key) for key in keys},
+        peak_resident_mib=max(each["peak_resident_mib"] for each in reports),
+        versions=reports[0]["versions"],
+    )  # fmt: skip
+
+
+def has_deepspeed(interpreter: str) -> bool:
+    """Whether that interpreter could import DeepSpeed; importing it takes seconds, so it is only looked for."""
+    question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('deepspeed') is None)"
+    return subprocess.run([interpreter, "-c", question], check=False).returncode == 0

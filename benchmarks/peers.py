@@ -1,0 +1,251 @@
+"""Train one GPT with windlass and with its peers, on 2 processes of this machine, and compare what a step takes.
+
+    make bench-peers
+    .venv/bin/python benchmarks/peers.py --systems ddp,windlass --stages 0,2 --rounds 3 --json results.json
+
+Every figure is divided by the floor of its own round: the same training without any communication, run first, in the
+middle and last. A speed counts only if the losses agree, which is checked. README.md here says how to read the table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from peer_ranks import workload
+from peer_ranks.launching import CACHE, CORPUS, FLOOR, RANKS, Candidate, Run, has_deepspeed, run_candidate
+from rich.console import Console
+from rich.table import Table
+
+SYSTEMS = ("ddp", "fsdp2", "deepspeed", "windlass")
+STAGES = ("0", "1", "2", "3")
+LOSS_TOLERANCE = 0.02  # of the reference: systems round to bf16 in different places
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate over all rounds."""
+
+    name: str
+    system: str
+    stage: int | None
+    precision: str
+    outcome: str  # "measured", or why not
+    step_ms: float | None = None  # median over rounds of the median step
+    over_floor: float | None = None  # median over rounds of the median step over its round's floor
+    lowest_over_floor: float | None = None  # of all timed steps
+    highest_over_floor: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    update_ms: float | None = None
+    peak_resident_mib: float | None = None
+    last_loss: float | None = None  # of the round furthest from the reference
+    loss_apart: float | None = None  # from the reference, as a part of it
+
+
+def list_candidates(systems: list[str], stages: list[int]) -> list[Candidate]:
+    """All candidates but the floor, in the order of the table."""
+    candidates = []
+    if "ddp" in systems:
+        candidates.append(Candidate("ddp", "ddp.py", "autocast"))
+    if "fsdp2" in systems:
+        for variant in ("reshard", "noreshard"):
+            candidates.append(Candidate("fsdp2", "fsdp2.py", "bf16 weights", variant=variant))
+    if "deepspeed" in systems:
+        candidates += [Candidate("deepspeed", "deepspeed_zero.py", "bf16 weights", stage) for stage in stages]
+    if "windlass" in systems:
+        for variant, precision in (("autocast", "autocast"), ("bf16", "bf16 weights")):
+            candidates += [Candidate("windlass", "windlass_zero.py", precision, stage, variant) for stage in stages]
+    return candidates
+
+
+def order_round(candidates: list[Candidate], number: int) -> list[Candidate]:
+    """The runs of one round: the floor first, in the middle and last, and every second round backwards."""
+    ordered = candidates if number % 2 == 0 else candidates[::-1]
+    half = (len(ordered) + 1) // 2
+    return [FLOOR, *ordered[:half], FLOOR, *ordered[half:], FLOOR]
+
+
+def find_floors(runs: list[Run]) -> dict[int, float]:
+    """By round, the median of the medians of its three floor runs, in milliseconds."""
+    floors: dict[int, list[float]] = {}
+    for run in runs:
+        if run.candidate == FLOOR:
+            floors.setdefault(run.round, []).append(statistics.median(run.total_ms))
+    return {number: statistics.median(medians) for number, medians in floors.items()}
+
+
+def find_reference_loss(runs: list[Run]) -> tuple[str, float]:
+    """What the last losses are compared with: DDP's, or the median of all if DDP was not measured."""
+    last = [(run.candidate.system, run.losses[-1]) for run in runs if run.losses and run.candidate != FLOOR]
+    ours = [loss for system, loss in last if system == "ddp"]
+    if ours:
+        return "DDP", statistics.median(ours)
+    return "the median of the rows", statistics.median(loss for _, loss in last) if last else float("nan")
+
+
+def make_row(candidate: Candidate, runs: list[Run], floors: dict[int, float], reference: float) -> Row:
+    """Sum up one candidate."""
+    mine = [run for run in runs if run.candidate == candidate]
+    heading = (candidate.name, candidate.system, candidate.stage, candidate.precision)
+    failed = next((run.reason for run in mine if run.reason), "")
+    if failed:
+        return Row(*heading, failed)
+
+    def median(key: str) -> float:
+        return statistics.median(statistics.median(getattr(run, key)) for run in mine)
+
+    ratios = [milliseconds / floors[run.round] for run in mine for milliseconds in run.total_ms]
+    furthest = max((run.losses[-1] for run in mine), key=lambda loss: abs(loss - reference))
+    return Row(
+        *heading,
+        "measured",
+        step_ms=median("total_ms"),
+        over_floor=statistics.median(statistics.median(run.total_ms) / floors[run.round] for run in mine),
+        lowest_over_floor=min(ratios),
+        highest_over_floor=max(ratios),
+        forward_ms=median("forward_ms"),
+        backward_ms=median("backward_ms"),
+        update_ms=median("step_ms"),
+        peak_resident_mib=max(run.peak_resident_mib for run in mine),
+        last_loss=furthest,
+        loss_apart=abs(furthest - reference) / reference,
+    )
+
+
+def losses_agree(row: Row) -> bool:
+    """Whether the speed of a row counts; the floor trains two models and is not asked."""
+    return row.system == FLOOR.system or row.loss_apart is None or row.loss_apart <= LOSS_TOLERANCE
+
+
+def make_table(rows: list[Row], reference: str) -> Table:
+    """The rows for people."""
+    caption = f"step: mean of {RANKS} ranks, median; loss: at the last step, within {LOSS_TOLERANCE:.0%} of {reference}"
+    table = Table(
+        title=f"One optimizer step of {workload.SHAPE.num_parameters / 1e6:.1f} M parameters", caption=caption
+    )
+    table.add_column("system", no_wrap=True)
+    table.add_column("precision", no_wrap=True)
+    for heading in ("step ms", "over floor", "lowest-highest", "forward", "backward", "step", "peak MiB", "loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.outcome != "measured":
+            short = row.outcome if row.outcome == "not installed" else "failed"
+            table.add_row(row.name, row.precision, short, *["-"] * 7)
+            continue
+        loss = f"{row.last_loss:.3f}" + ("" if losses_agree(row) else " [red]WRONG[/]")
+        table.add_row(
+            row.name, row.precision, f"{row.step_ms:.0f}", f"{row.over_floor:.2f}",
+            f"{row.lowest_over_floor:.2f}-{row.highest_over_floor:.2f}", f"{row.forward_ms:.0f}",
+            f"{row.backward_ms:.0f}", f"{row.update_ms:.0f}", f"{row.peak_resident_mib:.0f}", loss,
+        )  # fmt: skip
+    return table
+
+
+def read_choices(option: str, given: str, known: tuple[str, ...]) -> list[str]:
+    """The parts of a list with commas, in the order of `known`; typer.BadParameter names an unknown one."""
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    for part in parts:
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise typer.BadParameter(f"there is no {part!r}, known are {', '.join(known)}{hint}", param_hint=option)
+    if not parts:
+        raise typer.BadParameter(f"is empty, give some of {', '.join(known)}", param_hint=option)
+    return [name for name in known if name in parts]
+
+
+def describe_machine() -> dict[str, object]:
+    """What the figures depend on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        processor = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that Linux does not name
+        processor = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor, "cores": cores, "system": platform.platform(), "load": os.getloadavg()[0]}
+
+
+def main(
+    systems: Annotated[str, typer.Option(help="The systems to run beside the floor.")] = ",".join(SYSTEMS),
+    stages: Annotated[str, typer.Option(help="The ZeRO stages of DeepSpeed and windlass.")] = ",".join(STAGES),
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each run.")] = 6,
+    warm: Annotated[int, typer.Option(min=0, help="Steps before the timed ones.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is run; every second one backwards.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every run and row there.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile one more step of this row, such as windlass-bf16-3.")
+    ] = None,
+    deepspeed_python: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="The interpreter whose environment holds DeepSpeed.")
+    ] = Path(sys.executable),
+) -> None:
+    """Compare windlass with its peers on this machine."""
+    chosen_stages = [int(stage) for stage in read_choices("--stages", stages, STAGES)]
+    candidates = list_candidates(read_choices("--systems", systems, SYSTEMS), chosen_stages)
+    if profile is not None:
+        read_choices("--profile", profile, (FLOOR.name, *(each.name for each in candidates)))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # a bad path must not cost the whole run
+        json_file.touch()
+    console, progress = Console(), Console(stderr=True)
+    machine = describe_machine()
+    progress.print(f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:.1f}", highlight=False)
+
+    absent = [] if has_deepspeed(str(deepspeed_python)) else [each for each in candidates if each.system == "deepspeed"]
+    plan = [
+        (number, candidate)
+        for number in range(rounds)
+        for candidate in order_round([each for each in candidates if each not in absent], number)
+    ]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    workload.write_corpus(CORPUS)
+    began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    runs: list[Run] = []
+    for position, (number, candidate) in enumerate(plan, start=1):
+        python = str(deepspeed_python.absolute()) if candidate.system == "deepspeed" else sys.executable
+        table_file = CACHE / f"profile-{candidate.name}.txt" if candidate.name == profile else None
+        run = run_candidate(candidate, number, python, warm=warm, steps=steps, profile=table_file)
+        runs.append(run)
+        outcome = run.reason or f"{statistics.median(run.total_ms):.0f} ms"
+        progress.print(f"{position}/{len(plan)} {candidate.name}: {outcome}", highlight=False, markup=False)
+        if run.reason and candidate == FLOOR:
+            raise SystemExit("the floor failed, and nothing can be compared without it")
+
+    floors = find_floors(runs)
+    reference, reference_loss = find_reference_loss(runs)
+    rows = [make_row(each, runs, floors, reference_loss) for each in (FLOOR, *candidates) if each not in absent]
+    rows += [Row(each.name, each.system, each.stage, each.precision, "not installed") for each in absent]
+    console.print(make_table(rows, reference))
+    if profile is not None:
+        progress.print(f"profile of rank 0: {CACHE / f'profile-{profile}.txt'}", highlight=False)
+    if json_file is not None:
+        content = {
+            "began": began,
+            "machine": machine,
+            "ranks": RANKS,
+            "warm": warm,
+            "steps": steps,
+            "rounds": rounds,
+            "floor_ms": list(floors.values()),
+            "reference_loss": {"of": reference, "value": reference_loss},
+            "rows": [asdict(row) for row in rows],
+            "runs": [asdict(run) for run in runs],
+        }
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    bad = [row.name for row in rows if row.outcome not in ("measured", "not installed") or not losses_agree(row)]
+    if bad:
+        raise SystemExit(f"these rows failed or trained something else: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,61 @@
+"""From a configuration to what the core takes: the plan's settings, the precision, the loss scaler."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from windlass.config import Config
+from windlass.core.mesh import data_parallel_mesh
+from windlass.core.plan import Plan
+from windlass.core.planner import PlanSettings, make_plan
+from windlass.core.precision import WEIGHT_DTYPES, LossScaler
+from windlass.core.specs import describe_model
+from windlass.optimizer import build_optimizer, group_of_parameters
+
+LONG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def plan_for(model: nn.Module, config: Config) -> Plan:
+    """The plan that `initialize` would make, without a device; the model may be on the meta device."""
+    return plan_training(model, config, build_optimizer(model, config, None, None))
+
+
+def precision_of(config: Config) -> str:
+    """ "fp32" (weights as the model has them), "bf16" or "fp16"."""
+    return "bf16" if config.bf16.enabled else "fp16" if config.fp16.enabled else "fp32"
+
+
+def plan_training(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer) -> Plan:
+    """Describe the model and plan its training with the groups of this optimizer."""
+    precision = precision_of(config)
+    groups = group_of_parameters(optimizer)
+    target = WEIGHT_DTYPES[precision]
+    specs, units = describe_model(model, groups, dtype=target)
+    accumulation = config.data_types.grad_accum_dtype
+    settings = PlanSettings(
+        stage=config.zero_optimization.stage,
+        precision=precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_dtype=None if accumulation is None else LONG_DTYPES[accumulation],
+        prefetch=config.plan.prefetch,
+        device_memory_budget=config.plan.device_memory_budget,
+    )
+    return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
+
+
+def build_scaler(config: Config) -> LossScaler:
+    """The loss scaler that the fp16 section asks for; a constant 1 in other precisions."""
+    section = config.fp16
+    if not section.enabled:
+        return LossScaler()
+    if section.loss_scale > 0:
+        return LossScaler(scale=section.loss_scale)
+    return LossScaler(
+        scale=float(2**section.initial_scale_power),
+        static=False,
+        window=section.loss_scale_window,
+        hysteresis=section.hysteresis,
+        consecutive_hysteresis=section.consecutive_hysteresis,
+        minimum=section.min_loss_scale,
+    )
