@@ -39,6 +39,19 @@ def part_of(engine: windlass.Engine, step: int) -> tuple[Tensor, Tensor]:
     return my_part(ids, engine.rank, engine.num_ranks, 0, 1), my_part(targets, engine.rank, engine.num_ranks, 0, 1)
 
 
+def plain_step(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One optimizer step of plain PyTorch on the whole batch."""
+    ids, targets = batch(step, ROWS)
+    loss_of(module(ids, targets)).backward()
+    finish_plain_step(module, optimizer)
+
+
+def finish_plain_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def assert_like_oracle(engine: windlass.Engine, state: dict[str, Tensor], bound: float = 1e-6) -> None:
     worst = distance(engine.full_state_dict(), state)
     assert max(worst.values()) < bound, worst
@@ -94,11 +107,7 @@ def several_backwards_per_step(stage: int) -> None:
             (0.5 * engine(x, y)).backward()
             (0.25 * engine(x, y) + 0.25 * engine(x, y)).backward()
             assert engine.step()
-            ids, targets = batch(step, ROWS)
-            module(ids, targets).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(module, optimizer, step)
         assert_like_oracle(engine, module.state_dict())
 
 
@@ -126,11 +135,7 @@ def unfreeze_in_mid_run(stage: int) -> None:
             if step == 3:
                 module.requires_grad_(True)
                 engine.module.requires_grad_(True)
-            ids, targets = batch(step, ROWS)
-            module(ids, targets).backward()
-            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(module, optimizer, step)
             engine.backward(engine(*part_of(engine, step)))
             engine.step()
         assert_like_oracle(engine, module.state_dict())
@@ -159,11 +164,7 @@ def parameter_groups_and_torch_scheduler(stage: int) -> None:
     with windlass.initialize(trained, config, model_parameters=groups(trained), lr_scheduler=schedule) as engine:
         for step in range(5):
             assert engine.lr == pytest.approx(optimizer.param_groups[0]["lr"])
-            ids, targets = batch(step, ROWS)
-            module(ids, targets).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(module, optimizer, step)
             scheduler.step()
             engine.backward(engine(*part_of(engine, step)))
             engine.step()
@@ -181,11 +182,7 @@ def own_torch_optimizer(stage: int) -> None:
     config = config_of(stage, 1, windlass_ranks(), ROWS)
     with windlass.initialize(trained, config, optimizer=own, lr_scheduler=scheduler) as engine:
         for step in range(4):
-            ids, targets = batch(step, ROWS)
-            module(ids, targets).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(module, optimizer, step)
             reference.step()
             engine.backward(engine(*part_of(engine, step)))
             engine.step()
@@ -206,11 +203,7 @@ def build_on_meta(stage: int) -> None:
         plain.load_state_dict(first)
         optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
         for step in range(3):
-            ids, targets = batch(step, ROWS)
-            plain(ids, targets).backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(plain, optimizer, step)
         train_engine(engine, 3)
         assert_like_oracle(engine, plain.state_dict())
 
@@ -241,9 +234,7 @@ def gradients_and_state_in_full(stage: int) -> None:
                 want = module.get_parameter(name).grad
                 assert want is not None
                 assert torch.allclose(engine.full_gradient(name), want, rtol=1e-5, atol=1e-8)
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            finish_plain_step(module, optimizer)
             engine.step()
         for name, parameter in module.named_parameters():
             got, want_state = engine.full_optimizer_state(name), optimizer.state[parameter]
@@ -295,9 +286,7 @@ def two_engines_in_one_process(stage: int) -> None:
         ids, targets = batch(step, ROWS)
         (plain[0](ids, targets) * plain[1](ids, targets).detach() + plain[1](ids, targets)).backward()
         for module, optimizer in zip(plain, optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            finish_plain_step(module, optimizer)
         x, y = part_of(engines[0], step)
         with torch.no_grad():
             weight = engines[0].mean_over_ranks(engines[1](x, y))
@@ -336,102 +325,6 @@ def one_sequence_of_dropout_per_rank(stage: int) -> None:
             grads.append(torch.autograd.grad(loss, plain.head.weight)[0])
         assert torch.allclose(engine.full_gradient("head.weight"), torch.stack(grads).mean(0), rtol=1e-4, atol=1e-8)
         assert engine.step()
-
-
-FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
-
-
-def overflow_on_one_rank(stage: int) -> None:
-    """An inf in one rank's gradient: all skip, nothing moves, the scale backs off, the next step equals the oracle."""
-    clean = start(stage, fp16=FP16)
-    train_engine(clean, 3)
-    wanted = clean.full_state_dict()
-    clean.close()
-    with start(stage, fp16=FP16) as engine:
-        train_engine(engine, 2)
-        before = engine.full_state_dict()
-        moments = engine.full_optimizer_state("head.weight")
-        scale, steps, lr = engine.loss_scale, engine.global_steps, engine.lr
-        x, y = part_of(engine, 2)
-        loss = engine(x, y)
-        engine.backward(loss * float("inf") if engine.rank == engine.num_ranks - 1 else loss)
-        assert not engine.step()
-        assert engine.skipped_steps == 1
-        assert (engine.global_steps, engine.lr) == (steps, lr)
-        assert engine.loss_scale == scale / 2
-        after = engine.full_state_dict()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        again = engine.full_optimizer_state("head.weight")
-        assert again["step"] == moments["step"]
-        assert all(torch.equal(again[key], moments[key]) for key in ("exp_avg", "exp_avg_sq"))
-        train_engine(engine, 1, first=2)
-        # Halving the loss scale halves every fp16 gradient exactly unless it underflows.
-        assert max(distance(engine.full_state_dict(), wanted).values()) < 1e-4
-
-
-def nonfinite_in_fp32(stage: int) -> None:
-    with start(stage) as engine:
-        train_engine(engine, 1)
-        before = engine.full_state_dict()
-        loss = engine(*part_of(engine, 1))
-        engine.backward(loss * float("nan") if engine.rank == 0 else loss)
-        assert not engine.step()
-        after = engine.full_state_dict()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        train_engine(engine, 2, first=1)
-        assert_like_oracle(engine, train_oracle("Network", 3)[0])
-
-
-def low_precision_against_oracle(stage: int, precision: str) -> None:
-    """Low-precision weights, fp32 master and moments: each rank's gradients in low precision, summed in fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    section: dict[str, Any] = {"enabled": True} if precision == "bf16" else {"enabled": True, "initial_scale_power": 6}
-    given: dict[str, Any] = {precision: section}
-    with start(stage, **given) as engine:
-        master = _follow_master_weights(engine, build("Network"), build("Network").to(dtype))
-        full = engine.full_state_dict()
-        for name, value in engine.module.state_dict().items():
-            assert value.dtype is dtype
-            assert torch.equal(value, full[name].to(dtype))
-        assert max(distance(full, master.state_dict()).values()) < 1e-3
-
-
-def mixed_dtypes_in_one_module(stage: int) -> None:
-    """A bf16 block in an fp32 model keeps a master of its own; an integer buffer stays what it is."""
-    with start(stage, "MixedDtypes") as engine:
-        master = _follow_master_weights(engine, build("MixedDtypes").float(), build("MixedDtypes"))
-        full = engine.full_state_dict()
-        assert torch.equal(full.pop("count"), torch.arange(5))
-        state = master.state_dict()
-        state.pop("count")
-        assert max(distance(full, state).values()) < 1e-3
-
-
-def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.Module) -> nn.Module:
-    """Train the engine and, in plain PyTorch, `low` with its fp32 `master`; returns the master. The operations and
-    precisions are the same: only the order of a few fp32 sums may differ, and flips of a rounding that follow."""
-    optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    scale = engine.loss_scale
-    for step in range(5):
-        ids, targets = batch(step, ROWS)
-        for parameter in master.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for rank in range(engine.num_ranks):
-            x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
-            low.zero_grad()
-            (low(x, y) * scale).backward()
-            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
-                assert parameter.grad is not None
-                assert other.grad is not None
-                parameter.grad += other.grad.float() / (scale * engine.num_ranks)
-        torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
-                other.copy_(parameter)
-        engine.backward(engine(*part_of(engine, step)))
-        assert engine.step()
-    return master
 
 
 class _Sparse(nn.Module):
@@ -488,6 +381,5 @@ def different_backward_counts_work(stage: int) -> None:
             x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
             for _ in range(1 + rank):
                 (module(x, y) / engine.num_ranks).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        finish_plain_step(module, optimizer)
         assert_like_oracle(engine, module.state_dict())

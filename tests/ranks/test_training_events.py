@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import events
+import precision_events
 from rank_pool import run_ranks
 
 STAGES = [0, 1, 2, 3]
@@ -28,7 +29,7 @@ STAGES = [0, 1, 2, 3]
         events.dropped_gradients_leave_no_trace,
         events.two_engines_in_one_process,
         events.one_sequence_of_dropout_per_rank,
-        events.mixed_dtypes_in_one_module,
+        precision_events.mixed_dtypes_in_one_module,
     ],
     ids=lambda event: event.__name__,
 )
@@ -39,18 +40,18 @@ def test_event(event: object, stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_overflow_on_one_rank_skips_everywhere(ranks: int, stage: int) -> None:
-    run_ranks(events.overflow_on_one_rank, ranks, stage)
+    run_ranks(precision_events.overflow_on_one_rank, ranks, stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_nonfinite_gradient_skips_in_fp32(stage: int) -> None:
-    run_ranks(events.nonfinite_in_fp32, 2, stage)
+    run_ranks(precision_events.nonfinite_in_fp32, 2, stage)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_low_precision_follows_the_master_weight_oracle(stage: int, precision: str) -> None:
-    run_ranks(events.low_precision_against_oracle, 2, stage, precision)
+    run_ranks(precision_events.low_precision_against_oracle, 2, stage, precision)
 
 
 def test_sparse_gradient_is_refused() -> None:

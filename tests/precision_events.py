@@ -1,0 +1,108 @@
+"""Workers about precision for tests/ranks/test_training_events.py: overflow, master weights, mixed dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import windlass
+from events import ROWS, assert_like_oracle, part_of, start
+from small_models import batch, build
+from training import LR, WEIGHT_DECAY, distance, my_part, train_engine, train_oracle
+
+FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+
+
+def overflow_on_one_rank(stage: int) -> None:
+    """An inf in one rank's gradient: all skip, nothing moves, the scale backs off, the next step equals the oracle."""
+    clean = start(stage, fp16=FP16)
+    train_engine(clean, 3)
+    wanted = clean.full_state_dict()
+    clean.close()
+    with start(stage, fp16=FP16) as engine:
+        train_engine(engine, 2)
+        before = engine.full_state_dict()
+        moments = engine.full_optimizer_state("head.weight")
+        scale, steps, lr = engine.loss_scale, engine.global_steps, engine.lr
+        x, y = part_of(engine, 2)
+        loss = engine(x, y)
+        engine.backward(loss * float("inf") if engine.rank == engine.num_ranks - 1 else loss)
+        assert not engine.step()
+        assert engine.skipped_steps == 1
+        assert (engine.global_steps, engine.lr) == (steps, lr)
+        assert engine.loss_scale == scale / 2
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        again = engine.full_optimizer_state("head.weight")
+        assert again["step"] == moments["step"]
+        assert all(torch.equal(again[key], moments[key]) for key in ("exp_avg", "exp_avg_sq"))
+        train_engine(engine, 1, first=2)
+        # Halving the loss scale halves every fp16 gradient exactly unless it underflows.
+        assert max(distance(engine.full_state_dict(), wanted).values()) < 1e-4
+
+
+def nonfinite_in_fp32(stage: int) -> None:
+    with start(stage) as engine:
+        train_engine(engine, 1)
+        before = engine.full_state_dict()
+        loss = engine(*part_of(engine, 1))
+        engine.backward(loss * float("nan") if engine.rank == 0 else loss)
+        assert not engine.step()
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        train_engine(engine, 2, first=1)
+        assert_like_oracle(engine, train_oracle("Network", 3)[0])
+
+
+def low_precision_against_oracle(stage: int, precision: str) -> None:
+    """Low-precision weights, fp32 master and moments: each rank's gradients in low precision, summed in fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    section: dict[str, Any] = {"enabled": True} if precision == "bf16" else {"enabled": True, "initial_scale_power": 6}
+    given: dict[str, Any] = {precision: section}
+    with start(stage, **given) as engine:
+        master = _follow_master_weights(engine, build("Network"), build("Network").to(dtype))
+        full = engine.full_state_dict()
+        for name, value in engine.module.state_dict().items():
+            assert value.dtype is dtype
+            assert torch.equal(value, full[name].to(dtype))
+        assert max(distance(full, master.state_dict()).values()) < 1e-3
+
+
+def mixed_dtypes_in_one_module(stage: int) -> None:
+    """A bf16 block in an fp32 model keeps a master of its own; an integer buffer stays what it is."""
+    with start(stage, "MixedDtypes") as engine:
+        master = _follow_master_weights(engine, build("MixedDtypes").float(), build("MixedDtypes"))
+        full = engine.full_state_dict()
+        assert torch.equal(full.pop("count"), torch.arange(5))
+        state = master.state_dict()
+        state.pop("count")
+        assert max(distance(full, state).values()) < 1e-3
+
+
+def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.Module) -> nn.Module:
+    """Train the engine and, in plain PyTorch, `low` with its fp32 `master`; returns the master. The operations and
+    precisions are the same: only the order of a few fp32 sums may differ, and flips of a rounding that follow."""
+    optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    scale = engine.loss_scale
+    for step in range(5):
+        ids, targets = batch(step, ROWS)
+        for parameter in master.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for rank in range(engine.num_ranks):
+            x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
+            low.zero_grad()
+            (low(x, y) * scale).backward()
+            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                assert parameter.grad is not None
+                assert other.grad is not None
+                parameter.grad += other.grad.float() / (scale * engine.num_ranks)
+        torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
+                other.copy_(parameter)
+        engine.backward(engine(*part_of(engine, step)))
+        assert engine.step()
+    return master
