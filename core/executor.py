@@ -62,9 +62,8 @@ class Executor:
         self.phase = Phase.ACCUMULATING
         self.backwards = 0  # backward passes since the last update
         self._in_backward = False
-        self._unit_of = {placement.name: region.unit for region in plan.regions for placement in region.placements}
         self.state = ModelState(plan, module, accelerator, group)
-        self.gradients = Gradients(self.state, self._gradient_landed)
+        self.gradients = Gradients(self.state, self._notice_backward, self._gradient_landed)
         self.residency: Residency | None = None
         if plan.rules.weights == "gathered":
             self.residency = Residency(self.state, self.gradients.expects_more)
@@ -119,11 +118,13 @@ class Executor:
             self.residency.finish_backward()
         self.backwards += 1
 
-    def _gradient_landed(self, name: str) -> None:
+    def _notice_backward(self) -> None:
         if not self._in_backward:  # a backward pass that does not go through an output of the engine
             self._begin_unannounced()
+
+    def _gradient_landed(self, unit: str) -> None:
         if self.residency is not None:
-            self.residency.gradient_landed(self._unit_of[name])
+            self.residency.gradient_landed(unit)
 
     # -- the optimizer step ------------------------------------------------------------------------------------
 

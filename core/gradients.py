@@ -41,14 +41,16 @@ class _Reduction:
 class Gradients:
     """Receives every gradient of the plan's trainable parameters; `shards` holds the reduced sums."""
 
-    def __init__(self, state: ModelState, on_gradient: Callable[[str], None]) -> None:
+    def __init__(self, state: ModelState, before_landing: Callable[[], None], landed: Callable[[str], None]) -> None:
+        """`before_landing` is called when a gradient appears, `landed` with its unit once it is accounted for."""
         self.state = state
         self.plan: Plan = state.plan
         self.accelerator = state.accelerator
         self.touched: set[str] = set()  # since the last update, on this rank
         self.landing_scale = 1.0  # what a gradient is multiplied with when it lands
         self.shards: dict[str, Tensor] = {}  # fp32 sums over ranks, after `finish`
-        self._on_gradient = on_gradient
+        self._before_landing = before_landing
+        self._landed = landed
         self._per_unit = self.plan.rules.reduce_at == "unit"
         self._trainable = [region for region in self.plan.regions if region.trainable]
         kept = [] if self._per_unit else self._trainable
@@ -84,21 +86,22 @@ class Gradients:
     # -- landing -----------------------------------------------------------------------------------------------
 
     def _make_hook(self, name: str, unit: str) -> Callable[[Tensor], None]:
-        def landed(parameter: Tensor) -> None:
+        def receive(parameter: Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None and gradient.layout is not torch.strided:
                 raise TypeError(
                     f"the gradient of {name!r} is sparse ({gradient.layout}), which no plan can lay out; "
                     "build the embedding with sparse=False"
                 )
-            self._on_gradient(name)
+            self._before_landing()
             if self._per_unit:
                 self._fired[unit].add(name)
                 self._launch_complete_units()
             else:
                 self._land(name, self.state.parameters[name])
+            self._landed(unit)
 
-        return landed
+        return receive
 
     def _land(self, name: str, parameter: nn.Parameter) -> None:
         """Move one gradient into its region, and let autograd's tensor go."""

@@ -12,7 +12,7 @@ from windlass.core.plan import ALIGNMENT, Placement, Plan, Prediction, Region, R
 from windlass.core.slots import SlotTable, assign_slots, simulate_pass
 from windlass.core.specs import ParamSpec, UnitSpec
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RULES = {
     0: Rules(reduce_at="boundary", weights="resident", update="replicated", after_update="nothing"),
     1: Rules(reduce_at="boundary", weights="resident", update="shard", after_update="all_gather"),
@@ -90,9 +90,9 @@ def _check(specs: Sequence[ParamSpec], mesh: Mesh, settings: PlanSettings) -> No
         )
     for spec in specs:
         if spec.dtype not in BYTES:
-            kind = "complex" if spec.dtype.startswith("complex") else "not a floating type"
             raise ValueError(
-                f"parameter {spec.name!r} has dtype {spec.dtype}, which is {kind}; use one of {', '.join(BYTES)}"
+                f"parameter {spec.name!r} has dtype {spec.dtype}, which cannot be trained here; cast the model to "
+                f"one of {', '.join(BYTES)}, for example with model.float()"
             )
 
 
@@ -137,7 +137,7 @@ def _gradient_dtype(dtype: str, settings: PlanSettings, rules: Rules) -> str:
     if settings.gradient_dtype is not None:
         return settings.gradient_dtype
     adds_up_locally = rules.reduce_at == "boundary" and settings.gradient_accumulation_steps > 1
-    return "float32" if adds_up_locally or dtype == "float64" else dtype
+    return "float32" if adds_up_locally else dtype
 
 
 def _gradient_bytes(regions: Sequence[Region]) -> int:
