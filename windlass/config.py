@@ -32,7 +32,7 @@ from windlass.config_models import (
 from windlass.config_source import read_source
 from windlass.deepspeed_keys import DONE, NOT_YET, REFUSED, SCHEDULERS_DONE
 
-__all__ = ["Config", "ConfigError", "load_config"]
+__all__ = ["Config", "ConfigError", "configured_accelerator", "load_config"]
 
 
 def load_config(
@@ -70,6 +70,13 @@ def _implied_ranks(given: GivenConfig) -> int:
     if train is not None and micro is not None and steps is not None:
         return max(1, train // (micro * steps))
     return given.data_parallel_size or 1
+
+
+def configured_accelerator(source: str | Path | Mapping[str, object] | None) -> str | None:
+    """The accelerator that a configuration asks for: wanted before the rest can be resolved for a number of ranks."""
+    _, content = read_source(source)
+    name = content.get("accelerator")
+    return name if isinstance(name, str) else None
 
 
 def _complete(given: GivenConfig, keys: SortedKeys, num_ranks: int, default_micro_batch: int | None) -> Config | None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.registry import open_accelerator
-from windlass.config import Config, load_config
-from windlass.config_source import read_source
+from windlass.config import Config, configured_accelerator, load_config
 from windlass.core import checkpoint
 from windlass.core.exchange import require_same_plan
 from windlass.core.executor import Executor
@@ -53,7 +52,8 @@ def initialize(
     if isinstance(accelerator, Accelerator):
         device = accelerator
     else:
-        device = open_accelerator(wanted, config_name=_configured_accelerator(config))
+        asked = config.accelerator if isinstance(config, Config) else configured_accelerator(config)
+        device = open_accelerator(wanted, config_name=asked)
     try:
         ranks = device.collectives.world.size
         resolved = config if isinstance(config, Config) else load_config(config, ranks)
@@ -70,15 +70,6 @@ def initialize(
         if device is not accelerator:
             device.close()
         raise
-
-
-def _configured_accelerator(config: Mapping[str, Any] | str | Path | Config | None) -> str | None:
-    """The accelerator key, before the configuration is resolved for a number of ranks that only a device knows."""
-    if isinstance(config, Config):
-        return config.accelerator
-    _, content = read_source(config)
-    name = content.get("accelerator")
-    return name if isinstance(name, str) else None
 
 
 class Engine:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import windlass
-from windlass.config import Config, load_config
-from windlass.config_source import read_source
+from windlass.config import Config, configured_accelerator, load_config
 from windlass.launch import Interrupted, end_with_parent, report_error
 from windlass.models import build_model, find_shape
 from windlass.run_folder import RunFolder, Summary
@@ -119,7 +118,7 @@ def train(options: TrainOptions) -> Summary:
 
     shape = find_shape(options.model)
     text = load_text(None if options.text is None else Path(options.text), shape.sequence_length)
-    asked = None if options.config is None else load_config_accelerator(options.config)
+    asked = configured_accelerator(options.config)
     accelerator = windlass.open_accelerator(options.accelerator, config_name=asked)
     try:
         config = resolve_config(options, accelerator.collectives.world.size, accelerator.capabilities.matmul_dtypes)
@@ -133,13 +132,6 @@ def train(options: TrainOptions) -> Summary:
             engine.close()
     finally:
         accelerator.close()
-
-
-def load_config_accelerator(path: str) -> str | None:
-    """The accelerator that a configuration file asks for; it is opened before the configuration can be resolved."""
-    _, content = read_source(path)
-    name = content.get("accelerator")
-    return name if isinstance(name, str) else None
 
 
 def run_as_rank(options: TrainOptions) -> int:
