@@ -38,6 +38,8 @@ class StepReport:
 
     updated: bool  # False: a gradient was not finite, and nothing changed
     norm: float  # of the mean gradient, before clipping; nan if skipped
+    loss: float  # mean over ranks of what they reported
+    stop: bool  # some rank wants to stop
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class _Statistics:
 
     norm: float
     finite: bool
+    loss: float
+    stop: bool
     late: list[bool]  # per unit: some rank has gradients that missed their unit's reduction
     touched: set[str]  # parameters with a gradient on some rank
     gradient_scale: Tensor  # [] fp32 on the device: unscale, mean over ranks, and clip
@@ -128,15 +132,22 @@ class Executor:
 
     # -- the optimizer step ------------------------------------------------------------------------------------
 
-    def step(self, groups: Sequence[AdamWSettings], loss_scale: float, clip: float) -> StepReport:
-        """Reduce, check, clip, update and publish. `clip` 0: no clipping. A collective."""
+    def step(
+        self,
+        groups: Sequence[AdamWSettings],
+        loss_scale: float,
+        clip: float,  # largest norm; 0: no clipping
+        loss: Tensor | None = None,  # this rank's, for the report
+        stop: bool = False,  # this rank wants to stop, for the report
+    ) -> StepReport:
+        """Reduce, check, clip, update and publish. A collective."""
         self._require(Phase.ACCUMULATING, "take an optimizer step")
         self.phase = Phase.REDUCING
         self.gradients.finish()
-        statistics = self._gather_statistics(loss_scale, clip)
+        statistics = self._gather_statistics(loss_scale, clip, loss, stop)
         if any(statistics.late):
             self.gradients.reduce_again(statistics.late)
-            statistics = self._gather_statistics(loss_scale, clip)
+            statistics = self._gather_statistics(loss_scale, clip, loss, stop)
         self.phase = Phase.CHECKED
         if self.plan.rules.update == "replicated":
             self.gradients.share_replicas()
@@ -154,7 +165,7 @@ class Executor:
         self.drop_gradients()
         self.accelerator.streams.boundary()
         self.phase = Phase.ACCUMULATING
-        return StepReport(statistics.finite, statistics.norm)
+        return StepReport(statistics.finite, statistics.norm, statistics.loss, statistics.stop)
 
     def share_weights(self) -> None:
         """Bring the weights that this rank owns to whoever needs them. A collective."""
@@ -178,8 +189,8 @@ class Executor:
         self.gradients.clear()
         self.backwards = 0
 
-    def _gather_statistics(self, loss_scale: float, clip: float) -> _Statistics:
-        """Norm, finite check, late units and touched parameters of all ranks: one small vector from each."""
+    def _gather_statistics(self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool) -> _Statistics:
+        """Norm, finite check, loss, late units and touched parameters of all ranks: one small vector from each."""
         device, size = self.accelerator.device, self.group.size
         unscale = torch.full((), 1.0 / (loss_scale * size), dtype=torch.float32, device=device)
         squares = [
@@ -188,24 +199,30 @@ class Executor:
             if region.trainable and region.name in self.gradients.shards
         ]
         names = list(self.plan.parameter_index)
-        touched = [float(name in self.gradients.touched) for name in names]
-        flags = torch.tensor([*map(float, self.gradients.leftovers()), *touched], dtype=torch.float32, device=device)
-        head = torch.stack(squares).sum(0) if squares else torch.zeros(2, dtype=torch.float32, device=device)
-        mine = torch.cat([head, flags])
+        flags = [float(stop), *map(float, self.gradients.leftovers())]
+        flags += [float(name in self.gradients.touched) for name in names]
+        mine = torch.cat(
+            [
+                torch.stack(squares).sum(0) if squares else torch.zeros(2, dtype=torch.float32, device=device),
+                torch.zeros(1, dtype=torch.float32, device=device) if loss is None else loss.reshape(1),
+                torch.tensor(flags, dtype=torch.float32, device=device),
+            ]
+        )
         everyone = torch.empty(size * mine.numel(), dtype=torch.float32, device=device)
         self.accelerator.collectives.all_gather(everyone, mine, self.group, tag="statistics").wait()
         total = everyone.view(size, -1).sum(0)
         norm = total[0].sqrt()
         keep = torch.logical_and(total[1] == 0, torch.isfinite(norm))
         factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
-        values = self.accelerator.read_host(torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]]))
-        units = len(self.plan.units)
-        finite = bool(values[1])
+        read = self.accelerator.read_host(torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]]))
+        finite, first, units = bool(read[1]), 4, len(self.plan.units)
         return _Statistics(
-            norm=values[0] if finite else math.nan,
+            norm=read[0] if finite else math.nan,
             finite=finite,
-            late=[value > 0 for value in values[2 : 2 + units]],
-            touched={name for name, value in zip(names, values[2 + units :], strict=True) if value > 0},
+            loss=read[2] / size,
+            stop=read[3] > 0,
+            late=[value > 0 for value in read[first : first + units]],
+            touched={name for name, value in zip(names, read[first + units :], strict=True) if value > 0},
             gradient_scale=unscale * factor,
             keep=keep,
         )

@@ -19,6 +19,7 @@ RULES = {
     2: Rules(reduce_at="unit", weights="resident", update="shard", after_update="all_gather"),
     3: Rules(reduce_at="unit", weights="gathered", update="shard", after_update="publish"),
 }
+STATISTICS = 4  # squares, finite check, loss, wish to stop; then a flag per unit and per parameter
 REDUCE_SLOTS = 2  # one being filled while the other is on its way
 
 
@@ -164,7 +165,7 @@ def _predict(
     reduce = traffic("reduce_scatter", "gradients", reduced)
     per_micro = reduce if rules.reduce_at == "unit" else []
     boundary = [] if per_micro else list(reduce)
-    statistics = 4 * (2 + len(units) + sum(len(region.placements) for region in trainable))
+    statistics = 4 * (STATISTICS + len(units) + sum(len(region.placements) for region in trainable))
     boundary += traffic("all_gather", "statistics", [statistics])
     if rules.update == "replicated":
         boundary += traffic("all_gather", "gradients", [region.shard_numel * 4 for region in trainable])

@@ -383,3 +383,24 @@ def different_backward_counts_work(stage: int) -> None:
                 (module(x, y) / engine.num_ranks).backward()
         finish_plain_step(module, optimizer)
         assert_like_oracle(engine, module.state_dict())
+
+
+def loss_and_wish_to_stop_travel_with_the_step(stage: int) -> None:
+    """The mean loss over ranks and micro-steps, and one rank's wish to stop, known everywhere after one host read."""
+    plain = build("Network")
+    with start(stage, accumulation=2) as engine:
+        reads = engine.accelerator.counters
+        for step in range(3):
+            ids, targets = batch(step, ROWS)
+            if step == 1 and engine.rank == 1:
+                engine.request_stop()
+            before = reads.host_reads
+            plain.load_state_dict(engine.full_state_dict())
+            for micro in range(2):
+                x, y = (my_part(t, engine.rank, engine.num_ranks, micro, 2) for t in (ids, targets))
+                engine.backward(engine(x, y))
+                engine.step()
+            assert reads.host_reads == before + 1
+            with torch.no_grad():
+                assert engine.loss == pytest.approx(float(plain(ids, targets)), rel=1e-5)
+            assert engine.stop_requested == (step >= 1)

@@ -93,6 +93,10 @@ class Engine:
         self.global_steps = 0
         self.skipped_steps = 0
         self.grad_norm: float | None = None
+        self.loss: float | None = None
+        self.stop_requested = False
+        self._loss_so_far: Tensor | None = None
+        self._wants_to_stop = False
         self.optimizer = build_optimizer(model, config, model_parameters, optimizer)
         self._group = accelerator.collectives.world
         self._frozen: list[nn.Parameter] = []  # in a group, but without requires_grad when the plan was made
@@ -166,17 +170,33 @@ class Engine:
                 f"engine.backward takes a scalar loss, got shape {tuple(loss.shape)}; reduce it with .mean(), or call "
                 "output.backward(gradient) as in torch"
             )
+        share = loss.detach().to(torch.float32) / self.config.gradient_accumulation_steps
+        self._loss_so_far = share if self._loss_so_far is None else self._loss_so_far + share
         factor = self.loss_scale / self.config.gradient_accumulation_steps
         with self._executor.backward_pass():
             (loss * factor if factor != 1.0 else loss).backward()
 
     def step(self) -> bool:
         """Act at the accumulation boundary: when gradient_accumulation_steps backward passes (or more) have run
-        since the last update. True if the weights changed."""
+        since the last update. True if the weights changed.
+
+        Afterwards `grad_norm` is the norm of the mean gradient before clipping, `loss` the mean over ranks and
+        micro-steps of what was given to `backward`, and `stop_requested` says whether any rank called
+        `request_stop`: all that with one host read, and none beyond it.
+        """
         if self._executor.backwards < self.config.gradient_accumulation_steps:
             return False
-        report = self._executor.step(read_settings(self.optimizer), self.loss_scale, self.config.gradient_clipping)
+        report = self._executor.step(
+            read_settings(self.optimizer),
+            self.loss_scale,
+            self.config.gradient_clipping,
+            self._loss_so_far,
+            self._wants_to_stop,
+        )
         self.grad_norm = report.norm
+        self.loss = None if self._loss_so_far is None else report.loss
+        self.stop_requested = report.stop
+        self._loss_so_far = None
         before = self.loss_scale
         self._scaler.update(overflow=not report.updated)
         if not report.updated:
@@ -193,8 +213,13 @@ class Engine:
             self.lr_scheduler.step()
         return True
 
+    def request_stop(self) -> None:
+        """This rank wants to stop (a signal came, its data ended): after the next step every rank knows."""
+        self._wants_to_stop = True
+
     def zero_grad(self) -> None:
         """Drop the gradients accumulated since the last step."""
+        self._loss_so_far = None
         self._executor.drop_gradients()
 
     def mean_over_ranks(self, value: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import signal
 import statistics
@@ -99,7 +98,8 @@ class TrainingRun:
         """One optimizer step; whether any rank wants to stop after it."""
         engine, config = self.engine, self.engine.config
         start, lr, skipped = time.perf_counter(), engine.lr, engine.skipped_steps
-        total: torch.Tensor | None = None
+        if stop:
+            engine.request_stop()
         for micro_step in range(config.gradient_accumulation_steps):
             ids, next_ids = self.text.rank_samples(
                 self.seed,
@@ -110,16 +110,13 @@ class TrainingRun:
                 micro_batch=config.train_micro_batch_size_per_gpu,
                 micro_steps=config.gradient_accumulation_steps,
             )
-            loss = engine(ids, next_ids)
-            engine.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
+            engine.backward(engine(ids, next_ids))
         engine.step()
-        assert total is not None
-        mean, stop = self._mean_loss(total / config.gradient_accumulation_steps, stop)
+        assert engine.loss is not None
         seconds = time.perf_counter() - start
         metrics = StepMetrics(
             step=step + 1,
-            loss=mean,
+            loss=engine.loss,
             grad_norm=engine.grad_norm,
             lr=lr,
             tokens_per_s=config.train_batch_size * self.shape.sequence_length / seconds,
@@ -127,18 +124,7 @@ class TrainingRun:
             loss_scale=engine.loss_scale,
             skipped=engine.skipped_steps > skipped,
         )
-        return metrics, stop
-
-    def _mean_loss(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-        """The loss over all ranks, and whether one of them was told to stop, in one host read.
-
-        A rank that was told gives infinity for its loss. Only then are both asked for again, one by one: signals reach
-        ranks in different steps, and all must stop after the same one.
-        """
-        mean = self.engine.mean_over_ranks(loss.new_full((), math.inf) if stop else loss)
-        if math.isfinite(mean):
-            return mean, False
-        return self.engine.mean_over_ranks(loss), self.engine.mean_over_ranks(loss.new_full((), float(stop))) > 0
+        return metrics, engine.stop_requested
 
     def _evaluate(self) -> float:
         """The mean loss on the held-out sequences, the same for any number of ranks."""

@@ -28,6 +28,7 @@ STAGES = [0, 1, 2, 3]
         events.close_gives_back,
         events.dropped_gradients_leave_no_trace,
         events.two_engines_in_one_process,
+        events.loss_and_wish_to_stop_travel_with_the_step,
         events.one_sequence_of_dropout_per_rank,
         precision_events.mixed_dtypes_in_one_module,
     ],

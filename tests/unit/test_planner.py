@@ -96,7 +96,7 @@ def test_traffic_follows_the_formula(stage: int, ranks: int, accumulation: int) 
     local = 4 if stage < 2 and accumulation > 1 else 2
     reductions = 1 if stage < 2 else accumulation
     assert step["reduce_scatter", "gradients"] == (units * reductions, once * local * reductions)
-    assert step["all_gather", "statistics"] == (1, 4 * (ranks - 1) * (2 + units + names))
+    assert step["all_gather", "statistics"] == (1, 4 * (ranks - 1) * (4 + units + names))
     if stage == 0:
         assert step["all_gather", "gradients"] == (units, 4 * once)
         assert ("all_gather", "weights") not in step
