@@ -16,19 +16,22 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from peer_ranks import workload
-from peer_ranks.launching import CACHE, CORPUS, FLOOR, RANKS, Candidate, Run, has_deepspeed, run_candidate
+from peer_ranks.launching import CACHE, CORPUS, FLOOR, RANKS, Candidate, Run, has_deepspeed, hold_machine, run_candidate
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 SYSTEMS = ("ddp", "fsdp2", "deepspeed", "windlass")
 STAGES = ("0", "1", "2", "3")
 LOSS_TOLERANCE = 0.02  # of the reference at the last step: systems round to bf16 in different places
+CONTROL = 0.75  # of the floor's distance from the reference; a system that exchanges nothing is at about 1
 FLOOR_TOLERANCE = 1.1  # highest over lowest floor run of a round; more than that, and the machine was not quiet
 
 
@@ -73,8 +76,15 @@ def list_candidates(systems: list[str], stages: list[int]) -> list[Candidate]:
 
 
 def order_round(candidates: list[Candidate], number: int) -> list[Candidate]:
-    """The runs of one round: the floor first, in the middle and last, and every second round backwards."""
-    ordered = candidates if number % 2 == 0 else candidates[::-1]
+    """The runs of one round: the floor first, in the middle and last, and every second round backwards.
+
+    The rows of each system are spread over the whole round: in one block, a passing load would look like its fault.
+    """
+    families: dict[tuple[str, str], list[Candidate]] = {}
+    for candidate in candidates:
+        families.setdefault((candidate.system, candidate.precision), []).append(candidate)
+    places = {each: (index + 0.5) / len(family) for family in families.values() for index, each in enumerate(family)}
+    ordered = sorted(candidates, key=places.__getitem__, reverse=number % 2 == 1)
     half = (len(ordered) + 1) // 2
     return [FLOOR, *ordered[:half], FLOOR, *ordered[half:], FLOOR]
 
@@ -132,7 +142,7 @@ def check_losses(rows: list[Row]) -> list[Row]:
     """The rows with `losses_agree` set, the floor first as before.
 
     A part of the reference alone is too blunt: over a few steps even the floor, whose ranks never exchange a gradient,
-    stays within 2%. So the floor is the control, and a row must be less than half as far away as it, on average.
+    stays within 2%. So the floor is the control, and a row must be clearly nearer than it, on average.
     """
     floor, *others = rows
     checked = [floor]
@@ -140,7 +150,7 @@ def check_losses(rows: list[Row]) -> list[Row]:
         if row.last_loss_apart is None or row.losses_apart is None or floor.losses_apart is None:
             checked.append(row)
             continue
-        agree = row.last_loss_apart <= LOSS_TOLERANCE and row.losses_apart < floor.losses_apart / 2
+        agree = row.last_loss_apart <= LOSS_TOLERANCE and row.losses_apart < CONTROL * floor.losses_apart
         checked.append(replace(row, losses_agree=agree))
     return checked
 
@@ -152,7 +162,10 @@ def make_table(rows: list[Row], reference: str) -> Table:
         f"loss: at the last step, checked against {reference}"
     )
     table = Table(
-        title=f"One optimizer step of {workload.SHAPE.num_parameters / 1e6:.1f} M parameters", caption=caption
+        title=f"One optimizer step of {workload.SHAPE.num_parameters / 1e6:.1f} M parameters",
+        caption=caption,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("system", no_wrap=True)
     table.add_column("precision", no_wrap=True)
@@ -171,7 +184,7 @@ def make_table(rows: list[Row], reference: str) -> Table:
     for row in rows:
         if row.outcome != "measured":
             short = row.outcome if row.outcome == "not installed" else "failed"
-            table.add_row(row.name, row.precision, short, *["-"] * 8)
+            table.add_row(row.name, row.precision, "-", "-", short, *["-"] * 6)
             continue
         loss = f"{row.last_loss:.3f}" + (" [red]WRONG[/]" if row.losses_agree is False else "")
         table.add_row(
@@ -241,7 +254,11 @@ def main(
         for number in range(rounds)
         for candidate in order_round([each for each in candidates if each not in absent], number)
     ]
-    CACHE.mkdir(parents=True, exist_ok=True)
+    holding = ExitStack()
+    try:
+        holding.enter_context(hold_machine())
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
     workload.write_corpus(CORPUS)
     began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     runs: list[Run] = []
@@ -262,7 +279,7 @@ def main(
     measured = [each for each in (FLOOR, *candidates) if each not in absent]
     rows = check_losses([make_row(each, runs, floors, reference_losses) for each in measured])
     rows += [Row(each.name, each.system, each.stage, each.precision, "not installed") for each in absent]
-    Console(width=max(130, Console().width)).print(make_table(rows, reference))  # no column is cut
+    Console(width=max(140, Console().width)).print(make_table(rows, reference))  # no column is cut
     if unrest > FLOOR_TOLERANCE:
         progress.print(
             f"The floor runs of a round lie up to {unrest:.2f} times apart: the machine was busy, and differences "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import statistics
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +59,18 @@ class Run:
     versions: dict[str, str] | None = None
 
 
+@contextmanager
+def hold_machine() -> Iterator[None]:
+    """Keep a second comparison out: two would slow each other, and write into the same folders. Raises RuntimeError."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # given back when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError("another comparison runs on this tree; wait for its end, then start again") from error
+        yield
+
+
 def expose_model() -> Path:
     """A folder that holds windlass and nothing else, for an environment without it: the model's file needs only torch.
 
@@ -98,8 +113,11 @@ def start_ranks(
                 process.wait(60)
     if code == 0:
         return ""
-    error = re.compile(r"^(?:\[rank\d+\]: )?(\w[\w.]*(?:Error|Exception|Exit|Failed|Absent)\b.*)$", re.MULTILINE)
-    errors = error.findall(log.read_text(encoding="utf-8", errors="replace"))
+    # A rank's traceback ends in a line like "package.errors.TheError: text"; the launcher's own error has no text.
+    error = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*[A-Z]\w+: .*\S)\s*$", re.MULTILINE)
+    errors = [
+        line for line in error.findall(log.read_text(encoding="utf-8", errors="replace")) if "Warning" not in line
+    ]
     return f"{errors[0][:200] if errors else f'exit status {code}'}, see {log}"
 
 
