@@ -27,12 +27,19 @@ from windlass.core.state import MOMENTS, WEIGHT, ModelState
 FORMAT = (1, 0)
 LATEST = "latest"
 MANIFEST = "manifest.json"
+BUFFER = "buffer"
 _ALIGN = 128
 
 
 def save_checkpoint(directory: Path, tag: str, state: ModelState, extra: dict[str, Any]) -> None:
     """Write `directory/tag`. `extra` is JSON-ready and the same on every rank. A collective."""
     accelerator, group = state.accelerator, state.group
+    try:
+        json.dumps(extra)
+    except TypeError as cause:
+        raise ValueError(
+            f"the state to save is not JSON: {cause}; keep tensors and objects out of client_state"
+        ) from cause
     final, partial = directory / tag, directory / f"{tag}.tmp"
     problem = ""
     if group.rank == 0:
@@ -94,14 +101,15 @@ def load_checkpoint(directory: Path, tag: str | None, state: ModelState) -> dict
                 found = boxes.get((placement.name, key))
                 if found is not None:
                     state.write(placement.name, key, _read(path, found, _needed(state, region, key), placement.start))
-    buffers = dict(state.module.named_buffers())
     covered = set(state.plan.placement_by_name)
-    loose = {name: one for name, one in state.module.named_parameters() if name not in covered}
-    for name, tensor in {**buffers, **loose}.items():
-        found = boxes.get((name, "buffer"))
-        if found is not None:
+    loose: dict[tuple[str, str], Tensor]
+    loose = {(name, WEIGHT): one for name, one in state.module.named_parameters() if name not in covered}
+    loose.update({(name, BUFFER): one for name, one in state.module.named_buffers()})
+    for where, tensor in loose.items():
+        if where in boxes:
+            total = max(entry["stop"] for entry in boxes[where])
             with torch.no_grad():
-                tensor.copy_(_assemble(path, found, 0, found[0]["stop"]).view(tensor.shape))
+                tensor.copy_(_assemble(path, boxes[where], 0, total).view(tensor.shape))
     for name, count in manifest["steps"].items():
         if name in state.steps:
             state.steps[name] = int(count)
@@ -146,10 +154,11 @@ def _owned_parts(state: ModelState) -> Iterator[tuple[str, str, list[int], int, 
                     yield placement.name, key, list(placement.shape), max(0, start - placement.start), part
     if rank == 0:
         covered = set(state.plan.placement_by_name)
-        tensors = dict(state.module.named_buffers())
-        tensors.update({name: one for name, one in state.module.named_parameters() if name not in covered})
-        for name, tensor in tensors.items():
-            yield name, "buffer", list(tensor.shape), 0, tensor.detach().reshape(-1)
+        for name, buffer in state.module.named_buffers():
+            yield name, BUFFER, list(buffer.shape), 0, buffer.detach().reshape(-1)
+        for name, parameter in state.module.named_parameters():
+            if name not in covered:
+                yield name, WEIGHT, list(parameter.shape), 0, parameter.detach().reshape(-1)
 
 
 def _region_values(state: ModelState, region: Region) -> Iterator[tuple[str, Tensor, int]]:
@@ -165,12 +174,9 @@ def _region_values(state: ModelState, region: Region) -> Iterator[tuple[str, Ten
 
 
 def _check_fit(boxes: dict[tuple[str, str], list[dict[str, Any]]], state: ModelState, path: Path) -> None:
-    wanted = {name: placement.shape for name, (_, placement) in state.plan.placement_by_name.items()}
-    wanted = {name: shape for name, shape in wanted.items() if name not in state.plan.aliases}
+    wanted = {name: tuple(parameter.shape) for name, parameter in state.module.named_parameters()}
     saved = {name: tuple(found[0]["shape"]) for (name, key), found in boxes.items() if key == WEIGHT}
     missing, unknown = sorted(set(wanted) - set(saved)), sorted(set(saved) - set(wanted))
-    known = dict(state.module.named_parameters())
-    unknown = [name for name in unknown if name not in known]
     if missing or unknown:
         told = [
             f"lacks {', '.join(missing[:3])}" if missing else "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from windlass.core.adamw import AdamWSettings, update_region
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
 from windlass.core.residency import Residency
-from windlass.core.state import ModelState
+from windlass.core.state import STALE_WEIGHTS, ModelState
 
 
 class Phase(enum.Enum):
@@ -36,7 +36,8 @@ class Phase(enum.Enum):
 class StepReport:
     """What one optimizer step did, the same on every rank."""
 
-    updated: bool  # False: a gradient was not finite, and nothing changed
+    updated: bool  # False: nothing changed, since a gradient was not finite or there was none
+    finite: bool
     norm: float  # of the mean gradient, before clipping; nan if skipped
     loss: float  # mean over ranks of what they reported
     stop: bool  # some rank wants to stop
@@ -64,7 +65,8 @@ class Executor:
         self.accelerator = accelerator
         self.group = group
         self.phase = Phase.ACCUMULATING
-        self.backwards = 0  # backward passes since the last update
+        self.landing_scale = 1.0  # for gradients of backward passes that nobody announced, set by the engine
+        self._generation = 0  # of the weights
         self._in_backward = False
         self.state = ModelState(plan, module, accelerator, group)
         self.gradients = Gradients(self.state, self._notice_backward, self._gradient_landed)
@@ -80,6 +82,7 @@ class Executor:
         self._require(Phase.ACCUMULATING, "run a forward pass")
         if not _inside_autograd():
             self._in_backward = False
+        self.state.check_bindings()
         if self.residency is not None:
             self.residency.begin_forward()
 
@@ -90,24 +93,30 @@ class Executor:
         yield
         self._finish_backward()
 
-    def watch_output(self, tensor: Tensor, prepare: Callable[[], None]) -> None:
-        """Notice a backward pass that the user starts from an output of the model; `prepare` is called first."""
+    def watch_output(self, tensor: Tensor) -> None:
+        """Notice a backward pass that the user starts from an output of the model."""
+        generation = self._generation
 
         def begin(_: Tensor) -> None:
-            if not self._in_backward:
-                prepare()
-                self._begin_unannounced()
+            if generation != self._generation:
+                raise RuntimeError(STALE_WEIGHTS)
+            self._notice_backward()
 
         tensor.register_hook(begin)
 
-    def _begin_unannounced(self) -> None:
+    def _notice_backward(self) -> None:
+        """A backward pass that the user started is under way, through an output of the engine or not."""
+        if self._in_backward:
+            return
         self._begin_backward()
+        self.gradients.landing_scale = self.landing_scale
         # Runs when the backward pass that we are inside of has ended.
         torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
     def _begin_backward(self) -> None:
         self._require(Phase.ACCUMULATING, "run a backward pass")
         self._in_backward = True
+        self.gradients.landing_scale = 1.0
         self.gradients.begin_backward()
         if self.residency is not None:
             self.residency.begin_backward()
@@ -117,14 +126,8 @@ class Executor:
             return
         self._in_backward = False
         self.gradients.finish_backward()
-        self.gradients.landing_scale = 1.0
         if self.residency is not None:
             self.residency.finish_backward()
-        self.backwards += 1
-
-    def _notice_backward(self) -> None:
-        if not self._in_backward:  # a backward pass that does not go through an output of the engine
-            self._begin_unannounced()
 
     def _gradient_landed(self, unit: str) -> None:
         if self.residency is not None:
@@ -153,19 +156,21 @@ class Executor:
             self.gradients.share_replicas()
         scalars: dict[tuple[int, int], Tensor] = {}
         for region in self.plan.regions:
-            if region.trainable:
+            if region.trainable and statistics.touched:
                 update_region(
                     self.state, region, self.gradients.for_update(region), groups, statistics.touched,
                     statistics.gradient_scale, statistics.keep, scalars,
                 )  # fmt: skip
-        self.share_weights()
+        if statistics.touched:
+            self.share_weights()
         if statistics.finite:
             for name in statistics.touched:
                 self.state.steps[name] += 1
         self.drop_gradients()
         self.accelerator.streams.boundary()
         self.phase = Phase.ACCUMULATING
-        return StepReport(statistics.finite, statistics.norm, statistics.loss, statistics.stop)
+        updated = statistics.finite and bool(statistics.touched)
+        return StepReport(updated, statistics.finite, statistics.norm, statistics.loss, statistics.stop)
 
     def share_weights(self) -> None:
         """Bring the weights that this rank owns to whoever needs them. A collective."""
@@ -180,14 +185,19 @@ class Executor:
                 work.wait()
         elif self.plan.rules.after_update == "publish":
             collectives.publish(self.group)
+        self._generation += 1
         if self.residency is not None:
             self.residency.weights_changed()
         self.state.rebind_copies()
 
+    @property
+    def has_gradients(self) -> bool:
+        """True if gradients have landed on this rank since the last update."""
+        return bool(self.gradients.touched)
+
     def drop_gradients(self) -> None:
         """Forget the gradients accumulated so far, on this rank."""
         self.gradients.clear()
-        self.backwards = 0
 
     def _gather_statistics(self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool) -> _Statistics:
         """Norm, finite check, loss, late units and touched parameters of all ranks: one small vector from each."""

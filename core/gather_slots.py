@@ -37,10 +37,11 @@ class GatherSlots:
 
     def bring(self, unit: str, slot: int) -> None:
         """Have the unit's current weights in the slot and its parameters bound to them."""
-        self.start_fetch(unit, slot)
-        self._settle(slot)
-        if self._bound.get(unit) != slot:
-            self._bind(unit, slot)
+        with torch.inference_mode(False):  # what is made here outlives an evaluation in inference mode
+            self.start_fetch(unit, slot)
+            self._settle(slot)
+            if self._bound.get(unit) != slot:
+                self._bind(unit, slot)
 
     def start_fetch(self, unit: str, slot: int) -> None:
         """Begin to gather the unit, unless it is there; whoever had the slot leaves."""
@@ -53,7 +54,7 @@ class GatherSlots:
         streams = self.accelerator.streams
         computed = streams.record()  # what was computed with the slot's last weights must be over
         works = []
-        with streams.lane("gather"):
+        with streams.lane("gather"), torch.inference_mode(False):
             streams.wait(computed)
             for region, target in self._parts_of(unit, slot).items():
                 shard = self.state.weights[region]
@@ -67,8 +68,9 @@ class GatherSlots:
 
     def take_extra_slot(self, unit: str) -> int:
         """Give the unit a slot of its own from now on, beyond the plan."""
-        planned = self._parts_of(unit, self.table.slot_of[unit])
-        self._slots.append(self._allocate(sum(part.numel() * part.element_size() for part in planned.values())))
+        with torch.inference_mode(False):
+            planned = self._parts_of(unit, self.table.slot_of[unit])
+            self._slots.append(self._allocate(sum(part.numel() * part.element_size() for part in planned.values())))
         self.extra_slots += 1
         slot = len(self._slots) - 1
         self.table.add_slot(unit, slot)

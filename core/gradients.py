@@ -55,6 +55,7 @@ class Gradients:
         self._trainable = [region for region in self.plan.regions if region.trainable]
         kept = [] if self._per_unit else self._trainable
         self._buffers: dict[str, Tensor] = {region.name: self._allocate(region) for region in kept}
+        self._wide: dict[str, Tensor] = {}  # fp32 sums of regions in which more landed than planned
         self._replicas: dict[str, Tensor] = {}  # whole reduced gradients, where the update is replicated
         self._slots = [
             self.accelerator.memory.empty((size,), torch.uint8, tag="reduce_slots", shared=state.group)
@@ -111,6 +112,11 @@ class Gradients:
         region, placement = self.plan.placement_by_name[name]
         target = self._buffers[region.name][placement.start : placement.stop].view(placement.shape)
         if name in self.touched:
+            self._widen(region)
+        wide = self._wide.get(region.name)
+        if wide is not None:
+            target = wide[placement.start : placement.stop].view(placement.shape)
+        if name in self.touched:
             target.add_(gradient.detach(), alpha=self.landing_scale)
         else:
             target.copy_(gradient.detach())
@@ -118,6 +124,14 @@ class Gradients:
                 target.mul_(self.landing_scale)
             self.touched.add(name)
         parameter.grad = None
+
+    def _widen(self, region: Region) -> None:
+        """A second gradient lands in a narrow region: from here to the boundary it adds up in fp32."""
+        planned = region.gradient_dtype == "float32" or self.plan.gradient_accumulation_steps > 1
+        if planned or region.name in self._wide:
+            return
+        wide = self.accelerator.memory.empty((region.numel,), torch.float32, tag="wide gradients")
+        self._wide[region.name] = wide.copy_(self._buffers[region.name])
 
     # -- reducing per unit -------------------------------------------------------------------------------------
 
@@ -241,6 +255,8 @@ class Gradients:
     def _complete(self, region: Region) -> Tensor:
         """The local gradients of a region, zero where this rank has none."""
         buffer = self._buffers[region.name]
+        if region.name in self._wide:
+            buffer.copy_(self._wide[region.name])
         for placement in region.placements:
             if placement.name not in self.touched:
                 buffer[placement.start : placement.stop].zero_()
@@ -287,6 +303,8 @@ class Gradients:
             shard = self.shards.pop(region.name, None)
             if shard is not None and self._is_transient(region):
                 self.accelerator.memory.release(shard)
+        for name in list(self._wide):
+            self.accelerator.memory.release(self._wide.pop(name))
         for name in self._names():
             self.state.parameters[name].grad = None
         self.touched.clear()

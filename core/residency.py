@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from windlass.core.gather_slots import GatherSlots
 from windlass.core.plan import Plan
-from windlass.core.state import ModelState
+from windlass.core.state import STALE_WEIGHTS, ModelState
 from windlass.core.trees import iterate_tensors, map_tensors
 
 
@@ -64,12 +64,19 @@ class Residency:
         taking_turns = [unit.name for unit in self.plan.units if not self._slots.owns_slot(unit.name)]
         self._ahead_in_forward = _following(taking_turns, self.plan.prefetch)
         self._ahead_in_backward = _following(taking_turns[::-1], self.plan.prefetch)
+        self._all_trainable = {
+            unit.name
+            for unit in self.plan.units
+            if all(self.plan.region_by_name[region].trainable for region in unit.regions)
+        }
         self._in_backward = False
         self._open_backward: list[_Call] = []
+        self._seen_in_backward: list[_Call] = []
         self._held: list[int] = []  # slots kept in use until the weights change
         self._stacks: dict[str, list[_Call]] = defaultdict(list)
         self._handles: list[Any] = []
         self._guarded: list[nn.Module] = []
+        self._parameter_ids = {id(parameter) for parameter in state.parameters.values()}
         self._install_hooks()
 
     @property
@@ -126,19 +133,27 @@ class Residency:
         return watch
 
     def _make_after(self, path: str) -> Callable[..., Any]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
             if not self._stacks[path]:
-                return  # the pass was abandoned
+                return None  # the pass was abandoned
             call = self._stacks[path].pop()
             for _, slot in call.places:
                 self._table.release(slot)
+            replaced = any(self._is_weight(tensor) for tensor in iterate_tensors(output))
+            if replaced:  # the slot's bytes do not outlive the call
+                output = map_tensors(lambda one: one.clone() if self._is_weight(one) else one, output)
             results = [one for one in iterate_tensors(output) if one.requires_grad and one.grad_fn is not None]
             for tensor in results:
                 tensor.register_hook(lambda _: self._begin_call_backward(call))
             if call.inputs == 0 and not all(self._slots.owns_slot(unit) for unit, _ in call.places):
                 self._watch_nodes(call, results)
+            return output if replaced else None
 
         return _untraced(after)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """True for a parameter and for a view of one."""
+        return id(tensor if tensor._base is None else tensor._base) in self._parameter_ids
 
     def _watch_nodes(self, call: _Call, results: list[Tensor]) -> None:
         """A call into which no gradient flows back is over when every node of its graph has run."""
@@ -182,10 +197,7 @@ class Residency:
         if call.in_backward:
             return
         if call.generation != self._generation:
-            raise RuntimeError(
-                "a backward pass reached weights that an optimizer step has changed since the forward pass; call "
-                "backward before step, or run the forward pass again"
-            )
+            raise RuntimeError(STALE_WEIGHTS)
         call.in_backward = True
         self._in_backward = True
         for unit, slot in call.places:
@@ -193,15 +205,18 @@ class Residency:
             self._slots.bring(unit, slot)
             self._table.acquire(slot)
         self._open_backward.append(call)
+        self._seen_in_backward.append(call)
         for unit, _ in call.places:
             self._fetch_ahead(self._ahead_in_backward, unit)
         if call.inputs_awaited == 0:
             self._close_if_done(call)
 
     def _yield_slot(self, unit: str, slot: int) -> None:
-        """Make calls leave the slot that have nothing left to do but to wait for gradients that may never come."""
+        """Make calls leave the slot that have nothing left to read there: the gradients of all their inputs are known,
+        or those of all their weights (a node that makes a weight's gradient is the last to read that weight)."""
         for other in list(self._open_backward):
             over = other.inputs > 0 and other.inputs_awaited == 0
+            over = over or all(unit in self._all_trainable and not self._expects_more(unit) for unit, _ in other.places)
             if over and any(name != unit and place == slot for name, place in other.places):
                 self._close(other)
         if not self._table.free_for(unit, slot):
@@ -209,7 +224,7 @@ class Residency:
             self._slots.take_extra_slot(unit)
             raise RuntimeError(
                 f"unit {unit or '(root)'} is needed in backward while its gather slot is in use by "
-                f"{holder or '(root)'}; run the step again: the unit has a slot of its own now"
+                f"{holder or '(root)'}; it has a slot of its own now: call engine.zero_grad() and run the step again"
             )
 
     def _input_arrived(self, call: _Call) -> None:
@@ -246,6 +261,7 @@ class Residency:
         """The model is called; whatever an unfinished pass left in use is over."""
         self._stacks.clear()
         self._open_backward.clear()
+        self._seen_in_backward.clear()
         self._in_backward = False
         self._table.users.clear()
         for slot in self._held:
@@ -259,6 +275,10 @@ class Residency:
         """The backward pass is over: no call uses anything any more."""
         for call in list(self._open_backward):
             self._close(call)
+        for call in self._seen_in_backward:  # the graph may have been retained, for another pass through it
+            call.in_backward = call.closed = False
+            call.inputs_awaited = call.inputs
+        self._seen_in_backward.clear()
         self._in_backward = False
 
     def weights_changed(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -186,6 +186,12 @@ def describe_model(
                     group=0 if groups is None else groups.get(id(parameter), 0),
                 )
             )
+    # A module in several places has one unit; its other names are ties.
+    known = {spec.name for spec in specs}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in known:
+            first = next(spec for spec in specs if spec.name == owners[id(parameter)])
+            specs.append(replace(first, name=name, tied_to=first.name))
     specs = _mark_tied_heads(specs)
     owning = {spec.unit for spec in specs if spec.tied_to is None}
     units = tuple(
@@ -202,8 +208,4 @@ def _mark_tied_heads(specs: list[ParamSpec]) -> list[ParamSpec]:
     for spec in specs:
         if spec.tied_to is not None and spec.role is Role.MATRIX and roles[spec.tied_to] is Role.EMBEDDING:
             roles[spec.name] = Role.HEAD
-    return [spec if roles[spec.name] is spec.role else _with_role(spec, roles[spec.name]) for spec in specs]
-
-
-def _with_role(spec: ParamSpec, role: Role) -> ParamSpec:
-    return ParamSpec(**{**spec.__dict__, "role": role})
+    return [replace(spec, role=roles[spec.name]) for spec in specs]

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.materialize import materialize_modules
 from windlass.core.plan import Placement, Plan, Region
-from windlass.core.specs import dtype_from_name
+from windlass.core.specs import dtype_from_name, dtype_name
 
 WEIGHT = "weight"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+STALE_WEIGHTS = (
+    "a backward pass reached weights that an optimizer step has changed since the forward pass; call backward before "
+    "step, or run the forward pass again"
+)
 
 
 class ModelState:
@@ -85,6 +89,11 @@ class ModelState:
         whole.zero_()
         for placement in region.placements:
             source = self.parameters[placement.name].detach()
+            if source.numel() > 1 and not any(source.stride()):
+                raise ValueError(
+                    f"the weights of {placement.name!r} are not here: an engine that held them in shards was closed; "
+                    "load the model's weights again before initialize"
+                )
             whole[placement.start : placement.stop].copy_(source.reshape(-1))
         self.accelerator.collectives.broadcast(whole, 0, self.group, tag="initial weights").wait()
         numel = region.numel if self.resident else region.shard_numel
@@ -128,6 +137,17 @@ class ModelState:
             poison = torch.full((), float("nan"), dtype=parameter.dtype, device=self.accelerator.device)
             self._poison[parameter.dtype] = poison
         parameter.data = poison.expand(placement.shape)
+
+    def check_bindings(self) -> None:
+        """Raise RuntimeError if the module was cast or moved: its parameters are not those of the plan any more."""
+        for region in self.plan.regions:
+            name = region.placements[0].name
+            parameter = self.parameters[name]
+            if dtype_name(parameter.dtype) != region.dtype or parameter.device != self.accelerator.device:
+                raise RuntimeError(
+                    f"parameter {name!r} has become {dtype_name(parameter.dtype)} on {parameter.device}, the plan has "
+                    f"{region.dtype} on {self.accelerator.device}; cast and move the model before initialize"
+                )
 
     def rebind_copies(self) -> None:
         """After an update on a backend without views: write the parameters from their regions."""

@@ -16,6 +16,7 @@ from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.registry import open_accelerator
 from windlass.config import Config, configured_accelerator, load_config
 from windlass.core import checkpoint
+from windlass.core.encoding import decode, encode
 from windlass.core.exchange import require_same_plan
 from windlass.core.executor import Executor
 from windlass.core.handover import hand_over, put_back, take_over
@@ -95,6 +96,7 @@ class Engine:
         self.grad_norm: float | None = None
         self.loss: float | None = None
         self.stop_requested = False
+        self._micro_steps = 0  # calls of step() since the last update
         self._loss_so_far: Tensor | None = None
         self._wants_to_stop = False
         self.optimizer = build_optimizer(model, config, model_parameters, optimizer)
@@ -103,12 +105,15 @@ class Engine:
         if config.plan.device_memory_budget is not None:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
         self._scaler = build_scaler(config)
-        plan = self._agree_on_plan()
-        self._move_buffers()
-        self._executor = self._execute(plan)
+        self._precision = precision_of(config)
+        self._executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = self._build_scheduler(lr_scheduler)
         self._tell(config.messages)
-        self._state_dict_hook = model.register_state_dict_post_hook(partial(self._complete_state_dict))
+        self._state_dict_hooks = [
+            inner.register_state_dict_post_hook(partial(self._complete_state_dict, path))
+            for path, inner in model.named_modules()
+            if any(True for _ in inner.parameters(recurse=False))
+        ]
 
     # -- facts -------------------------------------------------------------------------------------------------
 
@@ -160,7 +165,7 @@ class Engine:
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    self._executor.watch_output(tensor, self._prepare_plain_backward)
+                    self._executor.watch_output(tensor)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -177,15 +182,17 @@ class Engine:
             (loss * factor if factor != 1.0 else loss).backward()
 
     def step(self) -> bool:
-        """Act at the accumulation boundary: when gradient_accumulation_steps backward passes (or more) have run
-        since the last update. True if the weights changed.
+        """Act at the accumulation boundary, which is every gradient_accumulation_steps-th call: call it once per
+        micro-batch, after any number of backward passes. True if the weights changed.
 
         Afterwards `grad_norm` is the norm of the mean gradient before clipping, `loss` the mean over ranks and
         micro-steps of what was given to `backward`, and `stop_requested` says whether any rank called
         `request_stop`: all that with one host read, and none beyond it.
         """
-        if self._executor.backwards < self.config.gradient_accumulation_steps:
+        self._micro_steps += 1
+        if self._micro_steps < self.config.gradient_accumulation_steps:
             return False
+        self._micro_steps = 0
         report = self._executor.step(
             read_settings(self.optimizer),
             self.loss_scale,
@@ -197,14 +204,17 @@ class Engine:
         self.loss = None if self._loss_so_far is None else report.loss
         self.stop_requested = report.stop
         self._loss_so_far = None
+        if report.finite and not report.updated:
+            return False  # no rank has a gradient: as in torch, there is nothing to do
         before = self.loss_scale
-        self._scaler.update(overflow=not report.updated)
+        self._scaler.update(overflow=not report.finite)
+        self._executor.landing_scale = self.loss_scale
         if not report.updated:
             self.skipped_steps += 1
             if self.rank == 0:
                 logger.warning(
-                    f"skipped an optimizer step ({self.skipped_steps} so far): a gradient was not finite; "
-                    f"loss scale {before:g} -> {self.loss_scale:g}"
+                    f"skipped an optimizer step ({self.skipped_steps} so far): a gradient, or the norm of all of them, "
+                    f"was not finite; loss scale {before:g} -> {self.loss_scale:g}"
                 )
             return False
         self.global_steps += 1
@@ -218,8 +228,9 @@ class Engine:
         self._wants_to_stop = True
 
     def zero_grad(self) -> None:
-        """Drop the gradients accumulated since the last step."""
+        """Drop the gradients accumulated since the last step; the next micro-batch is the first again."""
         self._loss_so_far = None
+        self._micro_steps = 0
         self._executor.drop_gradients()
 
     def mean_over_ranks(self, value: Tensor) -> float:
@@ -238,6 +249,8 @@ class Engine:
                 values[alias] = values[owner]
         result: dict[str, Tensor] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):  # extra state of a module
+                continue
             value = values[name] if name in values else self.accelerator.to_host(tensor)
             result[name] = value.to(torch.float32) if value.is_floating_point() else value
         return result
@@ -281,9 +294,9 @@ class Engine:
                 "global_steps": self.global_steps,
                 "skipped_steps": self.skipped_steps,
                 "loss_scale": self._scaler.state_dict(),
-                "scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+                "scheduler": None if self.lr_scheduler is None else encode(self.lr_scheduler.state_dict()),
                 "groups": [
-                    {key: value for key, value in group.items() if key != "params"}
+                    {key: _plain(value) for key, value in group.items() if key != "params"}
                     for group in self.optimizer.param_groups
                 ],
             },
@@ -303,17 +316,17 @@ class Engine:
         self.global_steps, self.skipped_steps = saved["global_steps"], saved["skipped_steps"]
         self._scaler.load_state_dict(saved["loss_scale"])
         for group, values in zip(self.optimizer.param_groups, saved["groups"], strict=False):
-            group.update({key: value for key, value in values.items() if key in group})
+            group.update({key: decode(value) for key, value in values.items() if key in group})
         if self.lr_scheduler is not None and saved["scheduler"] is not None:
-            self.lr_scheduler.load_state_dict(saved["scheduler"])
+            self.lr_scheduler.load_state_dict(decode(saved["scheduler"]))
         client_state: dict[str, Any] = manifest["client_state"]
         return client_state
 
     def close(self) -> None:
         """Remove hooks and give back memory; close the accelerator too, unless the caller opened it. Safe to call
         twice."""
-        if self._state_dict_hook is not None:
-            self._state_dict_hook.remove()
+        for hook in self._state_dict_hooks:
+            hook.remove()
         self._executor.close()
         if self._owns_accelerator:
             self.accelerator.close()
@@ -332,10 +345,6 @@ class Engine:
             level, _, text = message.partition(": ")
             logger.log(logging.WARNING if level == "warning" else logging.INFO, text)
 
-    def _prepare_plain_backward(self) -> None:
-        """`loss.backward()` knows nothing of the loss scale: its gradients are scaled as they land."""
-        self._executor.gradients.landing_scale = self.loss_scale
-
     def _place_input(self, tensor: Tensor) -> Tensor:
         target = WEIGHT_DTYPES[self.plan.precision]
         if target is not None and tensor.dtype is torch.float32:
@@ -351,30 +360,47 @@ class Engine:
         resident = self.plan.rules.weights == "resident"
         return torch.autocast(self.accelerator.device.type, dtype, cache_enabled=resident)
 
-    def _move_buffers(self) -> None:
-        """Buffers go to the device with rank 0's values; floating ones take the model's precision."""
-        target = WEIGHT_DTYPES[precision_of(self.config)]
+    def _place_unplanned(self, plan: Plan) -> None:
+        """What the plan does not lay out (buffers, and frozen parameters where weights are resident) goes to the
+        device with rank 0's values; what is floating takes the model's precision."""
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
-                if buffer is None or buffer.is_meta:
-                    continue
-                moved = buffer.to(self.accelerator.device)
-                if target is not None and moved.is_floating_point():
-                    moved = moved.to(dtype_from_name(target))
-                flat = moved.reshape(-1).contiguous()
-                self.accelerator.collectives.broadcast(flat, 0, self._group, tag="initial buffers").wait()
-                module._buffers[name] = flat.view(moved.shape)
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = self._share_tensor(buffer)
+        for name, parameter in self.module.named_parameters():
+            if name not in plan.placement_by_name and not parameter.is_meta:
+                parameter.data = self._share_tensor(parameter.data)
+
+    def _share_tensor(self, tensor: Tensor) -> Tensor:
+        target = WEIGHT_DTYPES[self._precision]
+        cast = target is not None and tensor.is_floating_point()
+        dtype = dtype_from_name(target) if cast and target is not None else tensor.dtype
+        placed = tensor.detach().to(self.accelerator.device, dtype).clone(memory_format=torch.contiguous_format)
+        raw = placed.reshape(-1).view(torch.uint8)
+        self.accelerator.collectives.broadcast(raw, 0, self._group, tag="initial buffers").wait()
+        return placed
 
     def _build_scheduler(self, given: Any) -> Any:
         if given is not None:
-            return given if hasattr(given, "step") else given(self.optimizer)
+            made = given if hasattr(given, "step") else given(self.optimizer)
+            if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise ValueError(
+                    "ReduceLROnPlateau needs a metric at every step, which engine.step() does not have; call its "
+                    "step(metric) yourself, on engine.optimizer, and leave lr_scheduler out"
+                )
+            if getattr(made, "optimizer", self.optimizer) is not self.optimizer:
+                raise ValueError(
+                    "lr_scheduler drives another optimizer than the engine's; pass that optimizer too, or pass a "
+                    "function that makes the scheduler of the optimizer it is given"
+                )
+            return made
         section = self.config.scheduler
         return None if section is None else build_schedule(self.optimizer, section.type, section.params)
 
     def _notice_unfrozen(self) -> None:
         """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan. A
         collective then; every rank unfreezes the same parameters."""
-        if self._frozen and not self._executor.backwards and any(one.requires_grad for one in self._frozen):
+        if self._frozen and not self._executor.has_gradients and any(one.requires_grad for one in self._frozen):
             old = self._executor
             handover = take_over(old.state)
             old.close()
@@ -390,7 +416,9 @@ class Engine:
 
     def _execute(self, plan: Plan) -> Executor:
         grouped = group_of_parameters(self.optimizer)
+        self._place_unplanned(plan)
         executor = Executor(plan, self.module, self.accelerator, self._group)
+        executor.landing_scale = self.loss_scale
         self._frozen = [
             parameter
             for name, parameter in self.module.named_parameters()
@@ -399,17 +427,22 @@ class Engine:
         return executor
 
     def _complete_state_dict(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+        self, path: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
     ) -> None:
-        """Where weights are sharded: put the whole ones into `module.state_dict()`. A collective."""
-        if self._executor.state.resident or any(isinstance(one, nn.Parameter) for one in state_dict.values()):
+        """Where weights are sharded: put the whole ones of one module into its `state_dict()`. A collective."""
+        if self._executor.state.resident:
             return
-        for name, value in self._executor.state.named_values(WEIGHT):
-            for key in (name, *(alias for alias, owner in self.plan.aliases.items() if owner == name)):
-                if prefix + key in state_dict:
-                    whole = value.to(self.accelerator.device, state_dict[prefix + key].dtype)
-                    state_dict[prefix + key] = whole
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # parameters: keep_vars was given
+                whole = self._executor.state.read(f"{path}.{name}" if path else name, WEIGHT)
+                state_dict[prefix + name] = whole.to(self.accelerator.device, value.dtype)
 
     def _require_name(self, name: str) -> None:
         if name not in self.plan.placement_by_name:
             raise ValueError(f"the plan has no parameter named {name!r}; names are those of module.named_parameters()")
+
+
+def _plain(value: Any) -> Any:
+    """A group's setting for the manifest; a learning rate may be a tensor."""
+    return encode(float(value) if isinstance(value, Tensor) else value)
