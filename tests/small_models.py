@@ -225,6 +225,69 @@ class MixedDtypes(Network):
         return x
 
 
+class GivesItsWeight(Network):
+    """A module that returns a view of its parameter, used after other units have been."""
+
+    class _Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(1, WIDTH))
+
+        def forward(self, rows: int) -> Tensor:
+            return self.queries.expand(rows, WIDTH)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = self._Queries()
+
+    def logits(self, ids: Tensor) -> Tensor:
+        queries = self.queries(5)
+        x = self.body(self.embedding(ids), ids)
+        result: Tensor = self.head(self.norm(x * queries[: x.shape[1]]))
+        return result
+
+
+class OneBlockInFourPlaces(Network):
+    """The same module instance again and again, under four names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()] * 4)
+
+
+class InPlaceFirst(Network):
+    """Every block begins by overwriting its input."""
+
+    class _Block(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh_(x)
+            result: Tensor = x + self.down(torch.tanh(self.up(self.norm(x))))
+            return result
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self._Block() for _ in range(6))
+
+
+class OddBuffers(Network):
+    """Complex, boolean and empty buffers, and state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rotation", torch.polar(torch.ones(WIDTH), torch.linspace(0, 1, WIDTH)))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("nothing", torch.zeros(0))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+    def body(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().body(x, ids) * self.rotation.real  # type: ignore[operator]
+
+
 class Attention(Network):
     """torch's own MultiheadAttention, which reads the weight of a child without calling it."""
 
@@ -243,7 +306,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     for one in (
         Network, Tied, Checkpointed, CheckpointedReentrant, UnusedEverywhere, Branching, CalledOften, Frozen,
         Adapted, TinyPieces, OneParameter, ReadsAnother, ReturnsDataclass, ReturnsDict, ReturnsTuple, MixedDtypes,
-        Attention,
+        Attention, GivesItsWeight, OneBlockInFourPlaces, InPlaceFirst, OddBuffers,
     )
 }  # fmt: skip
 

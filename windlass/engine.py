@@ -382,7 +382,8 @@ class Engine:
 
     def _build_scheduler(self, given: Any) -> Any:
         if given is not None:
-            made = given if hasattr(given, "step") else given(self.optimizer)
+            makes = isinstance(given, type) or not hasattr(given, "step")
+            made = given(self.optimizer) if makes else given
             if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 raise ValueError(
                     "ReduceLROnPlateau needs a metric at every step, which engine.step() does not have; call its "

@@ -13,7 +13,7 @@ PER_RANK = {"Branching"}  # what they compute depends on the rows that a rank se
 CASES = [
     "Tied", "Checkpointed", "CheckpointedReentrant", "UnusedEverywhere", "Branching", "CalledOften", "Frozen",
     "Adapted", "TinyPieces", "OneParameter", "ReadsAnother", "ReturnsDataclass", "ReturnsDict", "ReturnsTuple",
-    "Attention",
+    "Attention", "GivesItsWeight", "OneBlockInFourPlaces", "InPlaceFirst", "OddBuffers",
 ]  # fmt: skip
 
 
