@@ -198,6 +198,11 @@ class Residency:
             return
         if call.generation != self._generation:
             raise RuntimeError(STALE_WEIGHTS)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward pass with create_graph=True cannot be gone through again while weights are sharded; use "
+                "ZeRO stage 2 for second derivatives"
+            )
         call.in_backward = True
         self._in_backward = True
         for unit, slot in call.places:
@@ -233,6 +238,12 @@ class Residency:
 
     def gradient_landed(self, unit: str) -> None:
         """A gradient of the unit has landed: calls that waited for it may be over."""
+        entered = any(name == unit for call in self._seen_in_backward for name, _ in call.places)
+        if not entered and not self._slots.owns_slot(unit):
+            raise RuntimeError(
+                f"a gradient reached unit {unit or '(root)'} without passing through its outputs, when its weights "
+                "were not gathered; let the loss depend on an output of that module, or use ZeRO stage 2"
+            )
         for call in [one for one in self._open_backward if any(name == unit for name, _ in one.places)]:
             self._close_if_done(call)
 

@@ -151,6 +151,37 @@ def stale_and_changed_models_are_refused(stage: int) -> None:
             engine(*part_of(engine, 0))
 
 
+class KeepsFeature(Network):
+    """A block's inside is kept as an attribute, where a loss can read it."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=4)
+        self.get_submodule("blocks.1.up").register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        self.feature = output
+
+
+def ways_round_a_units_outputs_are_refused(stage: int) -> None:
+    """Gathered weights are there for gradients that come through outputs; other ways work at the other stages."""
+    with windlass.initialize(KeepsFeature(), config_of(stage, 1, windlass_ranks(), ROWS)) as engine:
+        loss, feature = engine(*part_of(engine, 0)), engine.module.feature
+        assert isinstance(feature, torch.Tensor)
+        if stage == 3:
+            with pytest.raises(RuntimeError, match="without passing through its outputs"):
+                feature.square().mean().backward()
+            engine.zero_grad()
+            with pytest.raises(RuntimeError, match="use ZeRO stage 2 for second derivatives"):
+                engine(*part_of(engine, 0)).backward(create_graph=True)
+            return
+        slope = torch.autograd.grad(loss, feature, create_graph=True)[0]
+        slope.square().mean().backward()
+        assert engine.step()
+        engine(*part_of(engine, 1))
+        engine.module.feature.square().mean().backward()
+        assert engine.step()
+
+
 def parts_of_the_model_can_be_saved(stage: int) -> None:
     with start(stage) as engine:
         train_engine(engine, 1)

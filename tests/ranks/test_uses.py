@@ -21,6 +21,7 @@ from rank_pool import RanksFailed, run_ranks
         uses.frozen_weights_in_bf16_come_from_rank_0,
         uses.many_backwards_in_bf16,
         uses.stale_and_changed_models_are_refused,
+        uses.ways_round_a_units_outputs_are_refused,
         uses.parts_of_the_model_can_be_saved,
         uses.schedulers_that_cannot_work_are_refused,
         uses.closed_shards_are_not_trained_on,
