@@ -178,7 +178,9 @@ def ways_round_a_units_outputs_are_refused(stage: int) -> None:
         slope.square().mean().backward()
         assert engine.step()
         engine(*part_of(engine, 1))
-        engine.module.feature.square().mean().backward()
+        feature = engine.module.feature
+        assert isinstance(feature, torch.Tensor)
+        feature.square().mean().backward()
         assert engine.step()
 
 
