@@ -22,12 +22,19 @@ from windlass.core.executor import Executor
 from windlass.core.handover import hand_over, put_back, take_over
 from windlass.core.plan import Plan
 from windlass.core.precision import WEIGHT_DTYPES
-from windlass.core.schedules import build_schedule
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from windlass.core.trees import iterate_tensors, map_tensors
-from windlass.optimizer import build_optimizer, group_of_parameters, read_settings
-from windlass.planning import LONG_DTYPES, build_scaler, plan_training, precision_of
+from windlass.core.unplanned import place_unplanned
+from windlass.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    group_of_parameters,
+    load_groups,
+    read_settings,
+    save_groups,
+)
+from windlass.planning import LONG_DTYPES, build_scaler, plan_training
 
 logger = logging.getLogger("windlass")
 
@@ -105,9 +112,8 @@ class Engine:
         if config.plan.device_memory_budget is not None:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
         self._scaler = build_scaler(config)
-        self._precision = precision_of(config)
         self._executor = self._execute(self._agree_on_plan())
-        self.lr_scheduler = self._build_scheduler(lr_scheduler)
+        self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
         self._state_dict_hooks = [
             inner.register_state_dict_post_hook(partial(self._complete_state_dict, path))
@@ -295,10 +301,7 @@ class Engine:
                 "skipped_steps": self.skipped_steps,
                 "loss_scale": self._scaler.state_dict(),
                 "scheduler": None if self.lr_scheduler is None else encode(self.lr_scheduler.state_dict()),
-                "groups": [
-                    {key: _plain(value) for key, value in group.items() if key != "params"}
-                    for group in self.optimizer.param_groups
-                ],
+                "groups": save_groups(self.optimizer),
             },
             "client_state": dict(client_state or {}),
         }
@@ -309,14 +312,13 @@ class Engine:
         """Continue from `directory/tag` (default: what `latest` points at), saved on any number of ranks and at any
         stage. Returns the caller's own `client_state`."""
         self.accelerator.collectives.barrier(self._group)
-        self._executor.drop_gradients()
+        self.zero_grad()
         manifest = checkpoint.load_checkpoint(Path(directory), tag, self._executor.state)
         self._executor.share_weights()
         saved = manifest["engine"]
         self.global_steps, self.skipped_steps = saved["global_steps"], saved["skipped_steps"]
         self._scaler.load_state_dict(saved["loss_scale"])
-        for group, values in zip(self.optimizer.param_groups, saved["groups"], strict=False):
-            group.update({key: decode(value) for key, value in values.items() if key in group})
+        load_groups(self.optimizer, saved["groups"])
         if self.lr_scheduler is not None and saved["scheduler"] is not None:
             self.lr_scheduler.load_state_dict(decode(saved["scheduler"]))
         client_state: dict[str, Any] = manifest["client_state"]
@@ -360,44 +362,6 @@ class Engine:
         resident = self.plan.rules.weights == "resident"
         return torch.autocast(self.accelerator.device.type, dtype, cache_enabled=resident)
 
-    def _place_unplanned(self, plan: Plan) -> None:
-        """What the plan does not lay out (buffers, and frozen parameters where weights are resident) goes to the
-        device with rank 0's values; what is floating takes the model's precision."""
-        for module in self.module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = self._share_tensor(buffer)
-        for name, parameter in self.module.named_parameters():
-            if name not in plan.placement_by_name and not parameter.is_meta:
-                parameter.data = self._share_tensor(parameter.data)
-
-    def _share_tensor(self, tensor: Tensor) -> Tensor:
-        target = WEIGHT_DTYPES[self._precision]
-        cast = target is not None and tensor.is_floating_point()
-        dtype = dtype_from_name(target) if cast and target is not None else tensor.dtype
-        placed = tensor.detach().to(self.accelerator.device, dtype).clone(memory_format=torch.contiguous_format)
-        raw = placed.reshape(-1).view(torch.uint8)
-        self.accelerator.collectives.broadcast(raw, 0, self._group, tag="initial buffers").wait()
-        return placed
-
-    def _build_scheduler(self, given: Any) -> Any:
-        if given is not None:
-            makes = isinstance(given, type) or not hasattr(given, "step")
-            made = given(self.optimizer) if makes else given
-            if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise ValueError(
-                    "ReduceLROnPlateau needs a metric at every step, which engine.step() does not have; call its "
-                    "step(metric) yourself, on engine.optimizer, and leave lr_scheduler out"
-                )
-            if getattr(made, "optimizer", self.optimizer) is not self.optimizer:
-                raise ValueError(
-                    "lr_scheduler drives another optimizer than the engine's; pass that optimizer too, or pass a "
-                    "function that makes the scheduler of the optimizer it is given"
-                )
-            return made
-        section = self.config.scheduler
-        return None if section is None else build_schedule(self.optimizer, section.type, section.params)
-
     def _notice_unfrozen(self) -> None:
         """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan. A
         collective then; every rank unfreezes the same parameters."""
@@ -417,7 +381,7 @@ class Engine:
 
     def _execute(self, plan: Plan) -> Executor:
         grouped = group_of_parameters(self.optimizer)
-        self._place_unplanned(plan)
+        place_unplanned(self.module, plan, self.accelerator, self._group)
         executor = Executor(plan, self.module, self.accelerator, self._group)
         executor.landing_scale = self.loss_scale
         self._frozen = [
@@ -442,8 +406,3 @@ class Engine:
     def _require_name(self, name: str) -> None:
         if name not in self.plan.placement_by_name:
             raise ValueError(f"the plan has no parameter named {name!r}; names are those of module.named_parameters()")
-
-
-def _plain(value: Any) -> Any:
-    """A group's setting for the manifest; a learning rate may be a tensor."""
-    return encode(float(value) if isinstance(value, Tensor) else value)

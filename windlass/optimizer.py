@@ -1,4 +1,4 @@
-"""Parameter groups: what a user passes as optimizer or parameters, as the settings that the core updates with."""
+"""Parameter groups: what a user passes as optimizer, parameters or scheduler, as settings for the core's update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from windlass.config import Config
 from windlass.core.adamw import AdamWSettings
+from windlass.core.encoding import decode, encode
+from windlass.core.schedules import build_schedule
 
 # Options of torch's Adam and AdamW that change the arithmetic and that the update kernel does not have.
 _UNSUPPORTED = ("amsgrad", "maximize")
@@ -102,3 +104,38 @@ def read_settings(optimizer: torch.optim.Optimizer) -> list[AdamWSettings]:
             )
         )
     return settings
+
+
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, given: Any) -> Any:
+    """The scheduler that drives the groups: the user's own, one made by the user's function, or the configuration's."""
+    if given is None:
+        section = config.scheduler
+        return None if section is None else build_schedule(optimizer, section.type, section.params)
+    makes = isinstance(given, type) or not hasattr(given, "step")
+    made = given(optimizer) if makes else given
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau needs a metric at every step, which engine.step() does not have; call its step(metric) "
+            "yourself, on engine.optimizer, and leave lr_scheduler out"
+        )
+    if getattr(made, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "lr_scheduler drives another optimizer than the engine's; pass that optimizer too, or pass a function that "
+            "makes the scheduler of the optimizer it is given"
+        )
+    return made
+
+
+def save_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups' settings, JSON-ready; a learning rate may be a tensor."""
+
+    def plain(value: Any) -> Any:
+        return encode(float(value) if isinstance(value, torch.Tensor) else value)
+
+    return [{key: plain(item) for key, item in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def load_groups(optimizer: torch.optim.Optimizer, saved: Iterable[Mapping[str, Any]]) -> None:
+    """Take over the saved settings, for the keys that the groups have."""
+    for group, values in zip(optimizer.param_groups, saved, strict=False):
+        group.update({key: decode(value) for key, value in values.items() if key in group})
