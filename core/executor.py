@@ -66,6 +66,7 @@ class Executor:
         self.group = group
         self.phase = Phase.ACCUMULATING
         self.landing_scale = 1.0  # for gradients of backward passes that nobody announced, set by the engine
+        self.micro_batches: set[int] = set()  # calls of the model that had a backward since the last update
         self._generation = 0  # of the weights
         self._in_backward = False
         self.state = ModelState(plan, module, accelerator, group)
@@ -93,13 +94,14 @@ class Executor:
         yield
         self._finish_backward()
 
-    def watch_output(self, tensor: Tensor) -> None:
-        """Notice a backward pass that the user starts from an output of the model."""
+    def watch_output(self, tensor: Tensor, call: int) -> None:
+        """Notice a backward pass that reaches an output of the model; `call` numbers the model's calls."""
         generation = self._generation
 
         def begin(_: Tensor) -> None:
             if generation != self._generation:
                 raise RuntimeError(STALE_WEIGHTS)
+            self.micro_batches.add(call)
             self._notice_backward()
 
         tensor.register_hook(begin)
@@ -197,6 +199,7 @@ class Executor:
 
     def drop_gradients(self) -> None:
         """Forget the gradients accumulated so far, on this rank."""
+        self.micro_batches.clear()
         self.gradients.clear()
 
     def _gather_statistics(self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool) -> _Statistics:

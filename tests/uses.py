@@ -35,7 +35,7 @@ def backward_twice_through_one_graph(stage: int) -> None:
 
 
 def two_losses_per_micro_batch(stage: int) -> None:
-    """step() is called once per micro-batch; how many backward passes came before does not move the boundary."""
+    """How many backward passes a micro-batch has does not move the boundary."""
     module = build("Network")
     optimizer = adamw(module)
     with start(stage, accumulation=2) as engine:
@@ -43,9 +43,25 @@ def two_losses_per_micro_batch(stage: int) -> None:
             ids, targets = batch(step, ROWS)
             for micro in range(2):
                 x, y = (my_part(t, engine.rank, engine.num_ranks, micro, 2) for t in (ids, targets))
-                engine.backward(0.5 * engine(x, y))
-                engine.backward(0.5 * engine(x, y))
+                loss = engine(x, y)
+                (0.25 * loss).backward(retain_graph=True)
+                engine.backward(0.5 * loss)
                 assert engine.step() == (micro == 1)
+            plain_step(module, optimizer, step)
+        assert_like_oracle(engine, module.state_dict())
+
+
+def one_step_after_all_micro_batches(stage: int) -> None:
+    """As in PyTorch: several micro-batches, then one call of step()."""
+    module = build("Network")
+    optimizer = adamw(module)
+    with start(stage, accumulation=4) as engine:
+        for step in range(2):
+            ids, targets = batch(step, ROWS)
+            for micro in range(4):
+                x, y = (my_part(t, engine.rank, engine.num_ranks, micro, 4) for t in (ids, targets))
+                engine.backward(engine(x, y))
+            assert engine.step()
             plain_step(module, optimizer, step)
         assert_like_oracle(engine, module.state_dict())
 

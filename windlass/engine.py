@@ -104,6 +104,7 @@ class Engine:
         self.loss: float | None = None
         self.stop_requested = False
         self._micro_steps = 0  # calls of step() since the last update
+        self._calls = 0  # of the model
         self._loss_so_far: Tensor | None = None
         self._wants_to_stop = False
         self.optimizer = build_optimizer(model, config, model_parameters, optimizer)
@@ -168,10 +169,11 @@ class Engine:
         self._executor.begin_forward()
         with self._autocast():
             output = self.module(*args, **kwargs)
+        self._calls += 1
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    self._executor.watch_output(tensor)
+                    self._executor.watch_output(tensor, self._calls)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -188,15 +190,19 @@ class Engine:
             (loss * factor if factor != 1.0 else loss).backward()
 
     def step(self) -> bool:
-        """Act at the accumulation boundary, which is every gradient_accumulation_steps-th call: call it once per
-        micro-batch, after any number of backward passes. True if the weights changed.
+        """Act at the accumulation boundary: when gradient_accumulation_steps micro-batches are in. True if the weights
+        changed.
+
+        Call it after every micro-batch, as with DeepSpeed, or once after all of them, as with PyTorch. A micro-batch is
+        a call of the engine that had a backward, with any number of backward passes.
 
         Afterwards `grad_norm` is the norm of the mean gradient before clipping, `loss` the mean over ranks and
         micro-steps of what was given to `backward`, and `stop_requested` says whether any rank called
         `request_stop`: all that with one host read, and none beyond it.
         """
         self._micro_steps += 1
-        if self._micro_steps < self.config.gradient_accumulation_steps:
+        micro_batches = max(self._micro_steps, len(self._executor.micro_batches))
+        if micro_batches < self.config.gradient_accumulation_steps:
             return False
         self._micro_steps = 0
         report = self._executor.step(

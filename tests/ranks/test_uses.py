@@ -16,6 +16,7 @@ from rank_pool import RanksFailed, run_ranks
     [
         uses.backward_twice_through_one_graph,
         uses.two_losses_per_micro_batch,
+        uses.one_step_after_all_micro_batches,
         uses.evaluate_in_inference_mode,
         uses.plain_backward_in_fp16,
         uses.frozen_weights_in_bf16_come_from_rank_0,
