@@ -18,12 +18,12 @@ def survivors(failed: RanksFailed) -> dict[int, Any]:
     return dict(failed.results)
 
 
-@EVERY
 def list_shared_files() -> list[str]:
     """What windlass has in /dev/shm; other programs come and go there."""
     return sorted(path.name for path in Path("/dev/shm").glob("windlass-*"))
 
 
+@EVERY
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_all_gather_equals_concatenation(transport: str, num_ranks: int) -> None:
     names = run_ranks(workers.check_all_gather, num_ranks, transport)
