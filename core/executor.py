@@ -19,6 +19,7 @@ from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.adamw import AdamWSettings, update_region
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
+from windlass.core.planner import STATISTICS
 from windlass.core.residency import Residency
 from windlass.core.state import STALE_WEIGHTS, ModelState
 
@@ -228,7 +229,7 @@ class Executor:
         keep = torch.logical_and(total[1] == 0, torch.isfinite(norm))
         factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
         read = self.accelerator.read_host(torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]]))
-        finite, first, units = bool(read[1]), 4, len(self.plan.units)
+        finite, first, units = bool(read[1]), STATISTICS, len(self.plan.units)
         return _Statistics(
             norm=read[0] if finite else math.nan,
             finite=finite,
