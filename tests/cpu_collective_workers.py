@@ -390,9 +390,14 @@ def fetch_unequally(transport: TransportChoice) -> int:
         return fetched
 
 
+_SHARED_PAGES = ("memfd:windlass", "/dev/shm/windlass-")  # not the name alone: the checkout may lie in such a folder
+
+
 def _mapped() -> list[str]:
     """Mappings of this process that come from shared pages."""
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "windlass" in line]
+    return [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if any(name in line for name in _SHARED_PAGES)
+    ]
 
 
 def _open_files() -> list[str]:
@@ -402,7 +407,7 @@ def _open_files() -> list[str]:
             paths.append(os.readlink(f"/proc/self/fd/{number}"))
         except FileNotFoundError:  # the one that listed the folder
             continue
-    return [path for path in paths if "windlass" in path]
+    return [path for path in paths if any(name in path for name in _SHARED_PAGES)]
 
 
 def look_for_remains(transport: TransportChoice) -> dict[str, int]:
