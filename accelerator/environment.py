@@ -32,6 +32,8 @@ class Environment:
     """WINDLASS_ACCELERATOR: "cpu", "cuda:1"; None leaves the choice open."""
     backends: tuple[str, ...] | None = None
     """WINDLASS_BACKENDS: the backends that may be loaded at all; None allows every one."""
+    simulation: str = ""
+    """WINDLASS_SIM: what the simulated accelerator simulates, as `windlass.backends.sim.settings` reads it."""
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -55,6 +57,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         timeout_seconds=_seconds(source, "WINDLASS_TIMEOUT", DEFAULT_TIMEOUT_SECONDS),
         accelerator=source.get("WINDLASS_ACCELERATOR", "").strip() or None,
         backends=_names(source, "WINDLASS_BACKENDS"),
+        simulation=source.get("WINDLASS_SIM", "").strip(),
     )
 
 

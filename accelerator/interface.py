@@ -12,11 +12,14 @@ The rules a caller may rely on, and a backend must keep:
   rewritten or released, after `wait()` and not before.
 * Nothing is chosen, probed or imported when a module is imported.
 * A tensor given to a kernel as *consumed* may not be touched again; use what the kernel returns.
+* A slice of an allocation may be made and used at once anywhere. Where `views` is not declared it may not be
+  kept over a `boundary()`, and a parameter may not live in it: write parameters from their region instead.
 """
 
 from __future__ import annotations
 
 import enum
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,11 +258,13 @@ class Capabilities:
     """What a backend declares. Declared means it works; these choose schedules, never correctness."""
 
     dtypes: tuple[str, ...] = ("float32",)
-    """Names of the torch dtypes that memory, kernels and collectives accept."""
+    """Names of the floating torch dtypes that memory, kernels and collectives accept, float64 apart. uint8, int32
+    and int64 always work in memory and in collectives that move without reducing."""
     matmul_dtypes: tuple[str, ...] = ("float32",)
     """Dtypes whose matrix products run at native speed."""
     views: bool = False
-    """Views of an allocation alias it, so that parameters can live inside their region."""
+    """A view of an allocation aliases it as long as the allocation lives, so that parameters can live inside
+    their region and one buffer can be read as several dtypes."""
     asynchronous_lanes: bool = False
     """Work on different lanes overlaps."""
     one_sided: bool = False
@@ -276,6 +281,8 @@ class Capabilities:
     """Memory offers Place.DISK."""
     float64: bool = False
     """Double precision exists on the device."""
+    shared_device: bool = False
+    """Several ranks may open the same device, so that any number of ranks runs on one machine."""
 
     def require(self, name: str, advice: str) -> None:
         """Raise `Unsupported` with `advice` unless capability `name` is declared."""
@@ -324,8 +331,12 @@ class Accelerator(ABC):
     def set_rng_state(self, state: Tensor) -> None:
         """Restore what `rng_state` returned: the same draws follow, to the bit."""
 
-    def read_host(self, tensor: Tensor) -> list[float]:
-        """Read a small device vector on the host: the one sanctioned place where a step may block."""
+    def read_host(self, tensor: Tensor, *, tag: str = "step") -> list[float]:
+        """Read a small device vector on the host: the one sanctioned place where a step may block.
+
+        Reads tagged "step" belong to an optimizer step, which makes at most one between two boundaries. Other tags
+        are for what a user asks for besides, such as an evaluation.
+        """
         self.counters.host_reads += 1
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]
 
@@ -341,6 +352,12 @@ class Accelerator(ABC):
         if tensor.numel() == 0:
             return b""
         return self.to_host(tensor).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def clock(self) -> float:
+        """Seconds on the device's clock once all issued work is over, for measuring rates. A simulated device counts
+        simulated seconds."""
+        self.streams.synchronize()
+        return time.perf_counter()
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A faster equivalent of a pure tensor function, or the function itself."""

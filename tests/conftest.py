@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import rank_pool
+from windlass.conformance import rank_pool
 
 # Set before anything imports torch: many processes share the machine's cores while the suite runs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

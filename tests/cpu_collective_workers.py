@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,8 +23,10 @@ from windlass.accelerator.errors import OutOfMemory, WindlassError
 from windlass.accelerator.interface import Group, Work
 from windlass.backends.cpu import collectives as facet
 from windlass.backends.cpu.collectives import CpuCollectives, TransportChoice
+from windlass.backends.cpu.device import open_cpu
 from windlass.backends.cpu.memory import CpuMemory
 from windlass.backends.cpu.shared_pages import Door, Pages, open_pages
+from windlass.conformance.training import train_grid
 
 SIZES = (0, 1, 7, 4097, 40000)  # elements of a part: nothing, tails, and more than a mailbox holds
 COPIED = (
@@ -486,3 +489,10 @@ def refuse_doors(refused: Sequence[str], refusing: int) -> tuple[str, float]:
         value = torch.ones(50000)
         rank.collectives.all_reduce(value, rank.world).wait()
         return rank.collectives.transport_name, value[-1].item()
+
+
+def train_over(
+    transport: TransportChoice, model: str, stages: list[int], accumulations: list[int], steps: int
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """`train_grid` on the processor, meeting the other ranks by this transport."""
+    return train_grid(model, stages, accumulations, steps, accelerator=open_cpu(transport=transport))

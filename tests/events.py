@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import windlass
-from small_models import Network, batch, build, loss_of
-from training import (
+from windlass.conformance.models import Network, batch, build, loss_of
+from windlass.conformance.training import (
     LR,
     WEIGHT_DECAY,
     config_of,

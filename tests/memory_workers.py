@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import windlass
-from small_models import VOCABULARY, Block, Network, batch
-from training import config_of, my_part, windlass_ranks
+from windlass.conformance.models import VOCABULARY, Block, Network, batch
+from windlass.conformance.training import config_of, my_part, windlass_ranks
 
 LAYERS, WIDE = 16, 128
 

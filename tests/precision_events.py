@@ -9,8 +9,8 @@ from torch import nn
 
 import windlass
 from events import ROWS, assert_like_oracle, part_of, start
-from small_models import batch, build
-from training import LR, WEIGHT_DECAY, distance, my_part, train_engine, train_oracle
+from windlass.conformance.models import batch, build
+from windlass.conformance.training import LR, WEIGHT_DECAY, distance, my_part, train_engine, train_oracle
 
 FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
 

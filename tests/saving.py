@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import windlass
-from small_models import build
-from training import config_of, train_engine, windlass_ranks
+from windlass.conformance.models import build
+from windlass.conformance.training import config_of, train_engine, windlass_ranks
 
 
 def start(stage: int, model: str = "Tied", **more: Any) -> windlass.Engine:

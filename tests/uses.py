@@ -11,8 +11,8 @@ from torch import nn
 
 import windlass
 from events import ROWS, assert_like_oracle, finish_plain_step, part_of, plain_step, start
-from small_models import Frozen, Network, batch, build
-from training import LR, WEIGHT_DECAY, config_of, distance, my_part, train_engine, windlass_ranks
+from windlass.conformance.models import Frozen, Network, batch, build
+from windlass.conformance.training import LR, WEIGHT_DECAY, config_of, distance, my_part, train_engine, windlass_ranks
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:

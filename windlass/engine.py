@@ -249,7 +249,7 @@ class Engine:
         """The mean of a scalar over ranks. A collective, and one host read."""
         total = value.detach().to(torch.float32).reshape(1).clone()
         self.accelerator.collectives.all_reduce(total, self._group, tag="logging").wait()
-        return self.accelerator.read_host(total)[0] / self.num_ranks
+        return self.accelerator.read_host(total, tag="logging")[0] / self.num_ranks
 
     # -- logical state -----------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ def open_cpu(index: int = 0, *, transport: TransportChoice = "auto") -> CpuAccel
                 ordered_reduction=True,
                 host_place=True,
                 float64=True,
+                shared_device=True,
             ),
             counters,
             _collect_facts(collectives),

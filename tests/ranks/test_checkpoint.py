@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import saving
-from rank_pool import run_ranks
+from windlass.conformance.rank_pool import run_ranks
 
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
 

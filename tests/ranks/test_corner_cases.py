@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rank_pool import run_ranks
-from training import assert_equals_oracle, train_grid
+from windlass.conformance.rank_pool import run_ranks
+from windlass.conformance.training import assert_equals_oracle, train_grid
 
 STEPS = 6
 PER_RANK = {"Branching"}  # what they compute depends on the rows that a rank sees

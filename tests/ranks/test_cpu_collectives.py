@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import cpu_collective_workers as workers
-from rank_pool import RanksFailed, run_ranks
+from windlass.conformance.rank_pool import RanksFailed, run_ranks
 
 BOTH = pytest.mark.parametrize("transport", ["memory file", "gloo"])
 EVERY = pytest.mark.parametrize("transport", ["memory file", "unlinked file", "gloo"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import failing
-from rank_pool import RanksFailed, run_ranks
+from windlass.conformance.rank_pool import RanksFailed, run_ranks
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

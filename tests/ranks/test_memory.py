@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import memory_workers
-from rank_pool import run_ranks
+from windlass.conformance.rank_pool import run_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rank_pool import run_ranks
-from training import distance, train_grid, train_oracle
+from windlass.conformance.rank_pool import run_ranks
+from windlass.conformance.training import distance, train_grid, train_oracle
 
 STEPS = 20
 STAGES, ACCUMULATIONS = [0, 1, 2, 3], [1, 4]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rank_pool import run_ranks
 from recipe_workers import losses_of, run_recipe, train_plainly
 from windlass.config import load_config
+from windlass.conformance.rank_pool import run_ranks
 from windlass.models import SHAPES
 from windlass.recipe import TrainOptions, default_config
 

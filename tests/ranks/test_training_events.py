@@ -6,7 +6,7 @@ import pytest
 
 import events
 import precision_events
-from rank_pool import run_ranks
+from windlass.conformance.rank_pool import run_ranks
 
 STAGES = [0, 1, 2, 3]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import uses
-from rank_pool import RanksFailed, run_ranks
+from windlass.conformance.rank_pool import RanksFailed, run_ranks
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import rank_pool
 import rank_workers
-from rank_pool import RanksFailed, run_ranks
+from windlass.conformance.rank_pool import RanksFailed, run_ranks
 
 
 def is_running(pid: int) -> bool:
@@ -122,9 +121,10 @@ def test_ranks_end_when_the_test_run_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(rank_pool.__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(Path(rank_workers.__file__).parent)!r})\n"
         "if __name__ == '__main__':\n"
-        "    import rank_pool, rank_workers\n"
+        "    import rank_workers\n"
+        "    from windlass.conformance import rank_pool\n"
         "    for report in rank_pool.run_ranks(rank_workers.report_environment, 1):\n"
         "        print(report['pid'], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

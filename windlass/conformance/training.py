@@ -1,4 +1,4 @@
-"""Workers that train small models on ranks, and the oracle: plain PyTorch, one process, the whole batch."""
+"""Train small models on ranks, and the oracle: plain PyTorch, one process, the whole batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import windlass
-from small_models import batch, build, loss_of
-from windlass.backends.cpu.collectives import TransportChoice
-from windlass.backends.cpu.device import open_cpu
+from windlass.accelerator.interface import Accelerator
+from windlass.conformance.models import batch, build, loss_of
 
 LR, WEIGHT_DECAY = 1e-2, 0.05
 
@@ -59,11 +58,11 @@ def train_grid(
     accumulations: list[int],
     steps: int,
     plain: bool = False,
-    transport: TransportChoice = "auto",
+    accelerator: Accelerator | None = None,  # None: the one that the environment names
 ) -> dict[tuple[int, int], dict[str, Any]]:
     """Train one model at several stages and accumulations; what each came to, and what was counted."""
     results = {}
-    accelerator = open_cpu(transport=transport)
+    accelerator = accelerator or windlass.open_accelerator()
     for stage in stages:
         for accumulation in accumulations:
             ranks = windlass_ranks()
