@@ -149,6 +149,8 @@ class Executor:
         """Reduce, check, clip, update and publish. A collective."""
         self._require(Phase.ACCUMULATING, "take an optimizer step")
         self.phase = Phase.REDUCING
+        if self.residency is not None:
+            self.residency.settle()
         self.gradients.finish()
         statistics = self._gather_statistics(loss_scale, clip, loss, stop)
         if any(statistics.late):

@@ -5,6 +5,9 @@ A unit is always gathered into the slot that the plan gave it, so what autograd 
 weights) is valid again once the unit has been gathered for its backward. A parameter is a view of its slot as
 long as the slot holds its unit; when the slot is taken, the parameter keeps its shape, takes no memory and reads
 as NaN. Slots are written through a buffer of their own, which leaves the parameters' version counters alone.
+
+Where the accelerator has no views, a slot is only a number: the unit is gathered into memory made for this use, its
+parameters are written from there, and the memory is given back. Autograd then keeps what it saved alive by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
 
 TAG = "weights"
+MEMORY_TAG = "gather_slots"
 
 
 class GatherSlots:
@@ -30,8 +34,11 @@ class GatherSlots:
         self.accelerator = state.accelerator
         self.table = SlotTable({unit.name: unit.slot for unit in self.plan.units if unit.slot is not None})
         self.extra_slots = 0  # slots taken beyond the plan
-        self._slots: list[Tensor] = [self._allocate(size) for size in self.plan.slot_bytes]
+        self._kept = self.plan.rules.buffers == "kept"
+        self._count = len(self.plan.slot_bytes)
+        self._slots: list[Tensor] = [self._allocate(size) for size in self.plan.slot_bytes] if self._kept else []
         self._parts: dict[tuple[str, int], dict[str, Tensor]] = {}  # (unit, slot) -> region -> its part of the slot
+        self._made: dict[int, dict[str, Tensor]] = {}  # slot -> region -> what was gathered for one use
         self._arriving: dict[int, list[Work]] = {}
         self._bound: dict[str, int] = {}  # unit -> the slot that its parameters are views of
 
@@ -48,15 +55,18 @@ class GatherSlots:
         if self.table.resident(unit, slot):
             return
         self._settle(slot)
+        self._give_back(slot)
         evicted = self.table.place(unit, slot)
         if evicted is not None:
             self._leave(evicted, slot)
+        with torch.inference_mode(False):
+            targets = self._parts_of(unit, slot) if self._kept else self._make_parts(unit, slot)
         streams = self.accelerator.streams
         computed = streams.record()  # what was computed with the slot's last weights must be over
         works = []
         with streams.lane("gather"), torch.inference_mode(False):
             streams.wait(computed)
-            for region, target in self._parts_of(unit, slot).items():
+            for region, target in targets.items():
                 shard = self.state.weights[region]
                 works.append(self.accelerator.collectives.fetch(target, shard, self.state.group, tag=TAG))
         self._arriving[slot] = works
@@ -69,17 +79,20 @@ class GatherSlots:
     def take_extra_slot(self, unit: str) -> int:
         """Give the unit a slot of its own from now on, beyond the plan."""
         with torch.inference_mode(False):
-            planned = self._parts_of(unit, self.table.slot_of[unit])
-            self._slots.append(self._allocate(sum(part.numel() * part.element_size() for part in planned.values())))
+            if self._kept:
+                planned = self._parts_of(unit, self.table.slot_of[unit])
+                self._slots.append(self._allocate(sum(part.numel() * part.element_size() for part in planned.values())))
         self.extra_slots += 1
-        slot = len(self._slots) - 1
+        slot = self._count
+        self._count += 1
         self.table.add_slot(unit, slot)
         return slot
 
     def invalidate(self) -> None:
         """The weights have changed: nothing in the slots is current."""
+        self.settle()
         for slot, unit in list(self.table.holds.items()):
-            self._settle(slot)
+            self._give_back(slot)
             self._unbind(unit)
         self.table.invalidate()
 
@@ -90,6 +103,11 @@ class GatherSlots:
         for slot in self._slots:
             self.accelerator.memory.release(slot)
         self._slots = []
+
+    def settle(self) -> None:
+        """Wait for everything under way: the shards may be rewritten afterwards."""
+        for slot in list(self._arriving):
+            self._settle(slot)
 
     def _settle(self, slot: int) -> None:
         for work in self._arriving.pop(slot, ()):
@@ -107,9 +125,12 @@ class GatherSlots:
 
     def _bind(self, unit: str, slot: int) -> None:
         self._bound[unit] = slot
-        for region, whole in self._parts_of(unit, slot).items():
+        # Without a part of its own in the slot the parameters have been written from another one: they are current.
+        parts = self._parts_of(unit, slot) if self._kept else self._made.get(slot, {})
+        for region, whole in parts.items():
             for placement in self.plan.region_by_name[region].placements:
                 self.state.bind(placement, whole)
+        self._give_back(slot)
 
     def _unbind(self, unit: str) -> None:
         self._bound.pop(unit, None)
@@ -118,7 +139,21 @@ class GatherSlots:
                 self.state.unbind(placement)
 
     def _allocate(self, size: int) -> Tensor:
-        return self.accelerator.memory.empty((size,), torch.uint8, tag="gather_slots")
+        return self.accelerator.memory.empty((size,), torch.uint8, tag=MEMORY_TAG)
+
+    def _make_parts(self, unit: str, slot: int) -> dict[str, Tensor]:
+        """Memory for one use of the unit, each region in its own dtype."""
+        regions = [self.plan.region_by_name[name] for name in self.plan.unit_by_name[unit].regions]
+        self._made[slot] = {
+            region.name: self.accelerator.memory.empty((region.numel,), dtype_from_name(region.dtype), tag=MEMORY_TAG)
+            for region in regions
+        }
+        return self._made[slot]
+
+    def _give_back(self, slot: int) -> None:
+        """What was made for one use is not needed any more."""
+        for part in self._made.pop(slot, {}).values():
+            self.accelerator.memory.release(part)
 
     def _parts_of(self, unit: str, slot: int) -> dict[str, Tensor]:
         if (unit, slot) not in self._parts:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from windlass.accelerator.interface import Work
 from windlass.core.plan import Plan, Region, Unit
+from windlass.core.reduce_slots import ReduceSlots
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
 
@@ -35,7 +36,8 @@ class _Reduction:
     region: Region
     work: Work
     arrived: Tensor
-    slot: int | None
+    slot: int | None = None
+    packed: Tensor | None = None  # what is being sent, where it lies in a slot
 
 
 class Gradients:
@@ -57,10 +59,7 @@ class Gradients:
         self._buffers: dict[str, Tensor] = {region.name: self._allocate(region) for region in kept}
         self._wide: dict[str, Tensor] = {}  # fp32 sums of regions in which more landed than planned
         self._replicas: dict[str, Tensor] = {}  # whole reduced gradients, where the update is replicated
-        self._slots = [
-            self.accelerator.memory.empty((size,), torch.uint8, tag="reduce_slots", shared=state.group)
-            for size in self.plan.reduce_slot_bytes
-        ]
+        self._slots = ReduceSlots(self.plan, self.accelerator, state.group)
         self._flying: deque[_Reduction] = deque()
         self._order: list[Unit] = [
             unit for unit in reversed(self.plan.units) if any(self._regions_of(unit))
@@ -170,15 +169,11 @@ class Gradients:
 
     def _launch(self, unit: Unit) -> None:
         """Pack a unit's gradients into the next slot and send them off."""
-        index = self._launched % len(self._slots)
+        index = self._launched % self._slots.count
         self._launched += 1
         while any(one.slot == index for one in self._flying):
             self._settle_oldest()
-        offset = 0
-        for region in self._regions_of(unit):
-            size = region.numel * dtype_from_name(region.gradient_dtype).itemsize
-            packed = self._slots[index][offset : offset + size].view(dtype_from_name(region.gradient_dtype))
-            offset += size
+        for region, packed in self._slots.take(index, self._regions_of(unit)):
             self._pack(region, packed)
             arrived = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
             streams = self.accelerator.streams
@@ -186,7 +181,7 @@ class Gradients:
             with streams.lane("reduce"):
                 streams.wait(written)
                 work = self.accelerator.collectives.reduce_scatter(arrived, packed, self.state.group, tag=TAG)
-            self._flying.append(_Reduction(region, work, arrived, index))
+            self._flying.append(_Reduction(region, work, arrived, index, packed))
 
     def _pack(self, region: Region, packed: Tensor) -> None:
         position = 0
@@ -211,6 +206,8 @@ class Gradients:
         """Wait for the reduction that left first, and keep or add up what arrived."""
         one = self._flying.popleft()
         one.work.wait()
+        if one.packed is not None:
+            self._slots.give_back(one.packed)
         name = one.region.name
         if not self._per_unit:
             return
@@ -273,7 +270,7 @@ class Gradients:
             target = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
         work = self.accelerator.collectives.reduce_scatter(target, buffer, self.state.group, tag=TAG)
         self.shards[region.name] = target
-        self._flying.append(_Reduction(region, work, target, None))
+        self._flying.append(_Reduction(region, work, target))
 
     def _settle_all(self) -> None:
         while self._flying:
@@ -314,10 +311,11 @@ class Gradients:
         self.clear()
         for handle in self._handles:
             handle.remove()
-        buffers = {id(tensor): tensor for tensor in (*self._buffers.values(), *self._replicas.values(), *self._slots)}
+        buffers = {id(tensor): tensor for tensor in (*self._buffers.values(), *self._replicas.values())}
         for tensor in buffers.values():
             self.accelerator.memory.release(tensor)
-        self._buffers, self._replicas, self._slots = {}, {}, []
+        self._slots.close()
+        self._buffers, self._replicas = {}, {}
 
     # -- small questions ---------------------------------------------------------------------------------------
 

@@ -77,6 +77,9 @@ class Rules:
     weights: Literal["resident", "gathered"]  # whole weights on every rank, or shards gathered for use
     update: Literal["replicated", "shard"]  # optimizer state and update: everything everywhere, or each its shard
     after_update: Literal["nothing", "all_gather", "publish"]  # how new weights reach the others
+    buffers: Literal["kept", "per_use"] = (
+        "kept"  # gather and reduce slots: for the whole training, or made for each use
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.core.mesh import Mesh
@@ -33,12 +33,13 @@ class PlanSettings:
     gradient_dtype: str | None = None  # None: the planner decides
     prefetch: int = 1  # units gathered ahead of the one in use
     device_memory_budget: int | None = None  # bytes per rank
+    views: bool = True  # the accelerator's capability: parameters can live in a buffer that is used again and again
 
 
 def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh, settings: PlanSettings) -> Plan:
     """Decide layout, owners, slots and schedule. Raises ValueError for what cannot be planned."""
     _check(specs, mesh, settings)
-    rules = RULES[settings.stage]
+    rules = replace(RULES[settings.stage], buffers="kept" if settings.views else "per_use")
     regions = _lay_out(specs, units, mesh.size("shard"), settings, rules)
     of_unit: dict[str, list[Region]] = defaultdict(list)
     for region in regions:
@@ -189,7 +190,7 @@ def _predict(
         micro_step=(*later, *per_micro),
         boundary=tuple(boundary),
         persistent=_persistent(regions, rules, slot_bytes, reduce_slot_bytes),
-        working=_working(trainable, rules),
+        working=_working(trainable, rules, slot_bytes, reduce_slot_bytes),
     )
 
 
@@ -207,18 +208,19 @@ def _persistent(regions: Sequence[Region], rules: Rules, slots: int, reduce_slot
         memory["gradients"] = _gradient_bytes(regions)
     if rules.update == "replicated":
         memory["reduced"] = sum(r.numel * 4 for r in trainable if r.gradient_dtype != "float32")
-    memory["gather_slots"] = slots
-    memory["reduce_slots"] = reduce_slots
+    if rules.buffers == "kept":
+        memory["gather_slots"] = slots
+        memory["reduce_slots"] = reduce_slots
     return {tag: size for tag, size in memory.items() if size}
 
 
-def _working(trainable: Sequence[Region], rules: Rules) -> dict[str, int]:
-    """Bytes that exist only while gradients wait for the update: reduced shards in fp32."""
-    if rules.update == "replicated":
-        return {}
-    apart = [r for r in trainable if rules.reduce_at == "unit" or r.gradient_dtype != "float32"]
-    size = sum(r.shard_numel * 4 for r in apart)
-    return {"reduced": size} if size else {}
+def _working(trainable: Sequence[Region], rules: Rules, slots: int, reduce_slots: int) -> dict[str, int]:
+    """Bytes that exist only while a step runs: reduced shards in fp32, and buffers made for one use."""
+    memory = {"gather_slots": slots, "reduce_slots": reduce_slots} if rules.buffers == "per_use" else {}
+    if rules.update == "shard":
+        apart = [r for r in trainable if rules.reduce_at == "unit" or r.gradient_dtype != "float32"]
+        memory["reduced"] = sum(r.shard_numel * 4 for r in apart)
+    return {tag: size for tag, size in memory.items() if size}
 
 
 def _check_budget(prediction: Prediction, settings: PlanSettings) -> None:

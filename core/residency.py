@@ -292,6 +292,10 @@ class Residency:
         self._seen_in_backward.clear()
         self._in_backward = False
 
+    def settle(self) -> None:
+        """Wait for weights on their way: an update may rewrite the shards that they come from."""
+        self._slots.settle()
+
     def weights_changed(self) -> None:
         """After an update: nothing in the slots is current."""
         self._slots.invalidate()

@@ -18,10 +18,12 @@ def place_unplanned(module: nn.Module, plan: Plan, accelerator: Accelerator, gro
     def share(tensor: Tensor) -> Tensor:
         cast = target is not None and tensor.is_floating_point()
         dtype = dtype_from_name(target) if cast and target is not None else tensor.dtype
-        placed = tensor.detach().to(accelerator.device, dtype).clone(memory_format=torch.contiguous_format)
-        raw = placed.reshape(-1).view(torch.uint8)
-        accelerator.collectives.broadcast(raw, 0, group, tag="initial buffers").wait()
-        return placed
+        value = accelerator.to_host(tensor).to(dtype).contiguous()
+        if value.numel() and group.size > 1:  # as bytes: buffers may have dtypes that no collective carries
+            raw = value.view(-1).view(torch.uint8).to(accelerator.device)
+            accelerator.collectives.broadcast(raw, 0, group, tag="initial buffers").wait()
+            value = accelerator.to_host(raw).view(dtype).view(value.shape)
+        return value.to(accelerator.device, copy=True)
 
     for inner in module.modules():
         for name, buffer in inner._buffers.items():

@@ -381,7 +381,7 @@ class Engine:
             self._executor.share_weights()
 
     def _agree_on_plan(self) -> Plan:
-        plan = plan_training(self.module, self.config, self.optimizer)
+        plan = plan_training(self.module, self.config, self.optimizer, self.accelerator.capabilities)
         require_same_plan(plan, self.accelerator, self._group)
         return plan
 

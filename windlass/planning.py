@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from windlass.accelerator.interface import Capabilities
 from windlass.config import Config
 from windlass.core.mesh import data_parallel_mesh
 from windlass.core.plan import Plan
@@ -26,8 +27,10 @@ def precision_of(config: Config) -> str:
     return "bf16" if config.bf16.enabled else "fp16" if config.fp16.enabled else "fp32"
 
 
-def plan_training(model: nn.Module, config: Config, optimizer: torch.optim.Optimizer) -> Plan:
-    """Describe the model and plan its training with the groups of this optimizer."""
+def plan_training(
+    model: nn.Module, config: Config, optimizer: torch.optim.Optimizer, capabilities: Capabilities | None = None
+) -> Plan:
+    """Describe the model and plan its training with the groups of this optimizer, for a device that can do this."""
     precision = precision_of(config)
     groups = group_of_parameters(optimizer)
     target = WEIGHT_DTYPES[precision]
@@ -40,6 +43,7 @@ def plan_training(model: nn.Module, config: Config, optimizer: torch.optim.Optim
         gradient_dtype=None if accumulation is None else LONG_DTYPES[accumulation],
         prefetch=config.plan.prefetch,
         device_memory_budget=config.plan.device_memory_budget,
+        views=capabilities is None or capabilities.views,
     )
     return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
 
