@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     )
     from windlass.accelerator.registry import open_accelerator
     from windlass.config import ConfigError
-    from windlass.engine import Engine, initialize
+    from windlass.engine import Engine
+    from windlass.initialization import initialize
 
 __version__ = "0.1.0"
 
@@ -59,7 +60,7 @@ _HOMES = {
     "PeerLost": "windlass.accelerator.errors",
     "Unsupported": "windlass.accelerator.errors",
     "WindlassError": "windlass.accelerator.errors",
-    "initialize": "windlass.engine",
+    "initialize": "windlass.initialization",
     "open_accelerator": "windlass.accelerator.registry",
 }
 

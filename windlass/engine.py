@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from windlass import saving
 from windlass.accelerator.interface import Accelerator
-from windlass.accelerator.registry import open_accelerator
-from windlass.config import Config, configured_accelerator, load_config
-from windlass.core import checkpoint
-from windlass.core.encoding import decode, encode
+from windlass.config import Config
 from windlass.core.exchange import require_same_plan
 from windlass.core.executor import Executor
 from windlass.core.handover import hand_over, put_back, take_over
@@ -30,54 +28,11 @@ from windlass.optimizer import (
     build_optimizer,
     build_scheduler,
     group_of_parameters,
-    load_groups,
     read_settings,
-    save_groups,
 )
 from windlass.planning import LONG_DTYPES, build_scaler, plan_training
 
 logger = logging.getLogger("windlass")
-
-
-def initialize(
-    model: nn.Module,
-    config: Mapping[str, Any] | str | Path | Config | None = None,
-    *,
-    model_parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
-    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
-    lr_scheduler: Any = None,
-    accelerator: str | Accelerator | None = None,
-) -> Engine:
-    """Plan the training of `model` and make it ready to run. Every rank calls this with the same arguments.
-
-    `config` is a dict or the path of a JSON file (DeepSpeed's keys are understood). `model_parameters`: the
-    parameters to train, as a list or as groups with settings of their own (default: all). `optimizer`: a torch Adam
-    or AdamW whose groups rule, or a function that makes one. `lr_scheduler`: any object with `step()`, or a
-    function of the optimizer that makes one. Raises ConfigError or ValueError for bad input, on every rank and
-    before anything is sent.
-    """
-    wanted = accelerator if isinstance(accelerator, str) else None
-    if isinstance(accelerator, Accelerator):
-        device = accelerator
-    else:
-        asked = config.accelerator if isinstance(config, Config) else configured_accelerator(config)
-        device = open_accelerator(wanted, config_name=asked)
-    try:
-        ranks = device.collectives.world.size
-        resolved = config if isinstance(config, Config) else load_config(config, ranks)
-        return Engine(
-            model,
-            resolved,
-            device,
-            model_parameters,
-            optimizer,
-            lr_scheduler,
-            owns_accelerator=device is not accelerator,
-        )
-    except BaseException:
-        if device is not accelerator:
-            device.close()
-        raise
 
 
 class Engine:
@@ -112,8 +67,8 @@ class Engine:
         self._frozen: list[nn.Parameter] = []  # in a group, but without requires_grad when the plan was made
         if config.plan.device_memory_budget is not None:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
-        self._scaler = build_scaler(config)
-        self._executor = self._execute(self._agree_on_plan())
+        self.scaler = build_scaler(config)
+        self.executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
         self._state_dict_hooks = [
@@ -127,7 +82,7 @@ class Engine:
     @property
     def plan(self) -> Plan:
         """Who owns which bytes, when they move, what is computed on them; print it."""
-        return self._executor.plan
+        return self.executor.plan
 
     @property
     def rank(self) -> int:
@@ -140,7 +95,7 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The factor on the loss in fp16; 1 otherwise."""
-        return self._scaler.scale
+        return self.scaler.scale
 
     @property
     def lr(self) -> float:
@@ -166,14 +121,14 @@ class Engine:
         """Run the model. Inputs go to the device; fp32 inputs are cast where the model is bf16 or fp16."""
         self._notice_unfrozen()
         args, kwargs = map_tensors(self._place_input, args), map_tensors(self._place_input, kwargs)
-        self._executor.begin_forward()
+        self.executor.begin_forward()
         with self._autocast():
             output = self.module(*args, **kwargs)
         self._calls += 1
         if torch.is_grad_enabled():
             for tensor in iterate_tensors(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    self._executor.watch_output(tensor, self._calls)
+                    self.executor.watch_output(tensor, self._calls)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -186,7 +141,7 @@ class Engine:
         share = loss.detach().to(torch.float32) / self.config.gradient_accumulation_steps
         self._loss_so_far = share if self._loss_so_far is None else self._loss_so_far + share
         factor = self.loss_scale / self.config.gradient_accumulation_steps
-        with self._executor.backward_pass():
+        with self.executor.backward_pass():
             (loss * factor if factor != 1.0 else loss).backward()
 
     def step(self) -> bool:
@@ -201,11 +156,11 @@ class Engine:
         `request_stop`: all that with one host read, and none beyond it.
         """
         self._micro_steps += 1
-        micro_batches = max(self._micro_steps, len(self._executor.micro_batches))
+        micro_batches = max(self._micro_steps, len(self.executor.micro_batches))
         if micro_batches < self.config.gradient_accumulation_steps:
             return False
         self._micro_steps = 0
-        report = self._executor.step(
+        report = self.executor.step(
             read_settings(self.optimizer),
             self.loss_scale,
             self.config.gradient_clipping,
@@ -219,8 +174,8 @@ class Engine:
         if report.finite and not report.updated:
             return False  # no rank has a gradient: as in torch, there is nothing to do
         before = self.loss_scale
-        self._scaler.update(overflow=not report.finite)
-        self._executor.landing_scale = self.loss_scale
+        self.scaler.update(overflow=not report.finite)
+        self.executor.landing_scale = self.loss_scale
         if not report.updated:
             self.skipped_steps += 1
             if self.rank == 0:
@@ -243,7 +198,7 @@ class Engine:
         """Drop the gradients accumulated since the last step; the next micro-batch is the first again."""
         self._loss_so_far = None
         self._micro_steps = 0
-        self._executor.drop_gradients()
+        self.executor.drop_gradients()
 
     def mean_over_ranks(self, value: Tensor) -> float:
         """The mean of a scalar over ranks. A collective, and one host read."""
@@ -255,7 +210,7 @@ class Engine:
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All parameters and buffers on the host in logical shape, floating ones in fp32, on every rank."""
-        values = dict(self._executor.state.named_values(WEIGHT))
+        values = dict(self.executor.state.named_values(WEIGHT))
         for alias, owner in self.plan.aliases.items():
             if owner in values:
                 values[alias] = values[owner]
@@ -274,17 +229,17 @@ class Engine:
         plain = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         for name, value in values.items():
             if name in managed:
-                self._executor.state.write(name, WEIGHT, value.to(self.accelerator.device))
+                self.executor.state.write(name, WEIGHT, value.to(self.accelerator.device))
             elif name in plain:
                 plain[name].data.copy_(value)
             else:
                 raise ValueError(f"the model has no parameter or buffer named {name!r}")
-        self._executor.share_weights()
+        self.executor.share_weights()
 
     def full_gradient(self, name: str) -> Tensor:
         """The mean gradient of one parameter accumulated since the last step, unscaled: host, fp32, logical shape."""
         self._require_name(name)
-        return self._executor.full_gradient(name, self.loss_scale)
+        return self.executor.full_gradient(name, self.loss_scale)
 
     def full_optimizer_state(self, name: str) -> dict[str, Any]:
         """`exp_avg` and `exp_avg_sq` of one parameter (host, fp32, logical shape) and its `step` count."""
@@ -292,7 +247,7 @@ class Engine:
         region, placement = self.plan.placement_by_name[name]
         if not region.trainable:
             raise ValueError(f"parameter {name!r} is frozen, so it has no optimizer state")
-        state = self._executor.state
+        state = self.executor.state
         moments = {key: state.read(name, key) for key in (EXP_AVG, EXP_AVG_SQ)}
         return {**moments, "step": state.steps[placement.name]}
 
@@ -300,42 +255,19 @@ class Engine:
         self, directory: str | Path, tag: str | None = None, client_state: Mapping[str, Any] | None = None
     ) -> Path:
         """Write `directory/tag` (default `step<N>`) and point `latest` at it. `client_state`: the caller's own JSON."""
-        tag = tag or f"step{self.global_steps}"
-        extra = {
-            "engine": {
-                "global_steps": self.global_steps,
-                "skipped_steps": self.skipped_steps,
-                "loss_scale": self._scaler.state_dict(),
-                "scheduler": None if self.lr_scheduler is None else encode(self.lr_scheduler.state_dict()),
-                "groups": save_groups(self.optimizer),
-            },
-            "client_state": dict(client_state or {}),
-        }
-        checkpoint.save_checkpoint(Path(directory), tag, self._executor.state, extra)
-        return Path(directory) / tag
+        return saving.save(self, Path(directory), tag, client_state)
 
     def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> dict[str, Any]:
         """Continue from `directory/tag` (default: what `latest` points at), saved on any number of ranks and at any
         stage. Returns the caller's own `client_state`."""
-        self.accelerator.collectives.barrier(self._group)
-        self.zero_grad()
-        manifest = checkpoint.load_checkpoint(Path(directory), tag, self._executor.state)
-        self._executor.share_weights()
-        saved = manifest["engine"]
-        self.global_steps, self.skipped_steps = saved["global_steps"], saved["skipped_steps"]
-        self._scaler.load_state_dict(saved["loss_scale"])
-        load_groups(self.optimizer, saved["groups"])
-        if self.lr_scheduler is not None and saved["scheduler"] is not None:
-            self.lr_scheduler.load_state_dict(decode(saved["scheduler"]))
-        client_state: dict[str, Any] = manifest["client_state"]
-        return client_state
+        return saving.load(self, Path(directory), tag)
 
     def close(self) -> None:
         """Remove hooks and give back memory; close the accelerator too, unless the caller opened it. Safe to call
         twice."""
         for hook in self._state_dict_hooks:
             hook.remove()
-        self._executor.close()
+        self.executor.close()
         if self._owns_accelerator:
             self.accelerator.close()
 
@@ -371,14 +303,14 @@ class Engine:
     def _notice_unfrozen(self) -> None:
         """A parameter of a group that was frozen when the plan was made and is not any more: make a new plan. A
         collective then; every rank unfreezes the same parameters."""
-        if self._frozen and not self._executor.has_gradients and any(one.requires_grad for one in self._frozen):
-            old = self._executor
+        if self._frozen and not self.executor.has_gradients and any(one.requires_grad for one in self._frozen):
+            old = self.executor
             handover = take_over(old.state)
             old.close()
             put_back(handover, old.state)
-            self._executor = self._execute(self._agree_on_plan())
-            hand_over(handover, self._executor.state)
-            self._executor.share_weights()
+            self.executor = self._execute(self._agree_on_plan())
+            hand_over(handover, self.executor.state)
+            self.executor.share_weights()
 
     def _agree_on_plan(self) -> Plan:
         plan = plan_training(self.module, self.config, self.optimizer, self.accelerator.capabilities)
@@ -401,12 +333,12 @@ class Engine:
         self, path: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
     ) -> None:
         """Where weights are sharded: put the whole ones of one module into its `state_dict()`. A collective."""
-        if self._executor.state.resident:
+        if self.executor.state.resident:
             return
         for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # parameters: keep_vars was given
-                whole = self._executor.state.read(f"{path}.{name}" if path else name, WEIGHT)
+                whole = self.executor.state.read(f"{path}.{name}" if path else name, WEIGHT)
                 state_dict[prefix + name] = whole.to(self.accelerator.device, value.dtype)
 
     def _require_name(self, name: str) -> None:

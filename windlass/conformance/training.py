@@ -77,7 +77,7 @@ def train_grid(
                 reads = counters.host_reads
                 by_tag = memory.stats().by_tag
                 used = memory.stats().used.value
-                residency = engine._executor.residency
+                residency = engine.executor.residency
                 results[stage, accumulation] = {
                     "state": engine.full_state_dict(),
                     "norms": norms,
