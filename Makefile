@@ -1,11 +1,12 @@
 # Every target makes its own environment in .venv; a second run finds it made and starts at once.
 #   make train        train the built-in recipe on 2 ranks      make test         run the whole test suite
 #   make lint         formatting, lint and types                make bench-peers  compare with peers on this machine
+#   make mutants      broken backends, and which test of the suite catches each
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench-peers clean
+.PHONY: help train test lint mutants bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,6 +47,9 @@ lint: $(VENV)/.installed-develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants_table.py
 
 bench-peers: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers.py

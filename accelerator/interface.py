@@ -150,7 +150,8 @@ class Streams:
         yield
 
     def record(self) -> Event:
-        """A point after everything issued on the current lane so far."""
+        """A point after every operation of the current lane so far, and every work that it has waited for. A work
+        that nobody waited for is no part of it, though it was issued here."""
         self.synchronize()
         return DoneWork()
 
@@ -285,10 +286,12 @@ class Capabilities:
     """Several ranks may open the same device, so that any number of ranks runs on one machine."""
 
     def require(self, name: str, advice: str) -> None:
-        """Raise `Unsupported` with `advice` unless capability `name` is declared."""
-        if name not in {f.name for f in fields(self)}:
-            raise ValueError(f"there is no capability named {name!r}")
-        if not getattr(self, name):
+        """Raise `Unsupported` with `advice` unless capability `name`, or value "dtypes:float16" of one, is declared."""
+        capability, colon, value = name.partition(":")
+        if capability not in {f.name for f in fields(self)}:
+            raise ValueError(f"there is no capability named {capability!r}")
+        declared = getattr(self, capability)
+        if not (value in declared if colon else declared):
             raise Unsupported(f"this backend does not declare {name!r}; {advice}")
 
 

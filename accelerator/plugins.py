@@ -11,7 +11,7 @@ import pluggy
 
 from windlass.accelerator import hookspecs
 from windlass.accelerator.errors import InterfaceMismatch
-from windlass.accelerator.hookspecs import PROJECT
+from windlass.accelerator.hookspecs import PROJECT, Probe
 from windlass.accelerator.interface import INTERFACE_VERSION, Accelerator
 from windlass.accelerator.kernels import Kernel
 
@@ -31,6 +31,22 @@ class Candidate:
     @property
     def package(self) -> str:
         return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plugin that has been imported and has looked for its hardware."""
+
+    plugin: pluggy.PluginManager
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why a plugin cannot be asked, in words that follow its name."""
+
+    what: str  # "is installed but does not load: libtpu.so not found."
+    cause: Exception | None = None
 
 
 def candidates(group: str = BACKENDS) -> tuple[Candidate, ...]:
@@ -55,6 +71,30 @@ def load_plugin(candidate: Candidate) -> pluggy.PluginManager:
     return manager
 
 
+def look(candidate: Candidate) -> Loaded | Broken | InterfaceMismatch:
+    """Import one backend and let it look for its hardware; what keeps it from that is returned, not raised."""
+    try:
+        plugin = load_plugin(candidate)
+    except Exception as error:
+        return Broken(f"is installed but does not load: {describe_cause(error)}.", error)
+    try:
+        probe = plugin.hook.windlass_probe()
+    except Exception as error:
+        return Broken(f"is installed but its probe fails: {describe_cause(error)}.", error)
+    if not isinstance(probe, Probe):
+        return Broken(f"is installed but its probe gives {type(probe).__name__} where a Probe is wanted.")
+    if not is_version(probe.interface_version):
+        return Broken(
+            f"is installed but its probe says interface_version {probe.interface_version!r} where two numbers are "
+            "wanted, such as (1, 0)."
+        )
+    try:
+        check_version(candidate, probe.interface_version)
+    except InterfaceMismatch as error:
+        return error
+    return Loaded(plugin, probe)
+
+
 def collect_kernels(plugin: pluggy.PluginManager, accelerator: Accelerator) -> list[Kernel]:
     """All kernels that a plugin gives for this accelerator; TypeError if it gives something else."""
     kernels: list[Kernel] = []
@@ -76,6 +116,11 @@ def check_version(candidate: Candidate, version: tuple[int, int]) -> None:
         f"backend {candidate.name!r} of {candidate.package} was written for interface {version[0]}.{version[1]}, but "
         f"this windlass has {INTERFACE_VERSION[0]}.{INTERFACE_VERSION[1]}. Upgrade {behind}."
     )
+
+
+def is_version(version: object) -> bool:
+    """Whether it is a pair of numbers, (major, minor)."""
+    return isinstance(version, tuple) and len(version) == 2 and all(type(number) is int for number in version)
 
 
 def describe_cause(error: BaseException) -> str:

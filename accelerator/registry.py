@@ -19,12 +19,16 @@ from windlass.accelerator.hookspecs import Probe
 from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.plugins import (
     KERNELS,
+    Broken,
     Candidate,
+    Loaded,
     candidates,
     check_version,
     collect_kernels,
     describe_cause,
+    is_version,
     load_plugin,
+    look,
 )
 
 FALLBACK: Final = "cpu"
@@ -69,8 +73,7 @@ class Registry:
         self.candidates = candidates()
         self.failures: dict[str, WindlassError] = {}  # backend -> why it could not be used when guessed at
         self.kernel_failures: dict[Candidate, Exception] = {}  # package of kernels -> why it gave none
-        self._plugins: dict[str, pluggy.PluginManager] = {}
-        self._probes: dict[str, Probe] = {}
+        self._loaded: dict[str, Loaded | Broken | WindlassError] = {}  # what came of it, asked for or not
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,29 +98,13 @@ class Registry:
 
     def probe(self, name: str) -> Probe:
         """Load backend `name` alone and let it look for its hardware; raises whatever keeps it from that."""
-        if name in self._probes:
-            return self._probes[name]
         candidate = self._find(name)
-        try:
-            plugin = load_plugin(candidate)
-        except Exception as error:
-            raise BackendUnusable(
-                f"backend {name!r} is installed but does not load: {describe_cause(error)}. {self._advice(candidate)}"
-            ) from error
-        try:
-            probe = plugin.hook.windlass_probe()
-        except Exception as error:
-            raise BackendUnusable(
-                f"backend {name!r} is installed but its probe fails: {describe_cause(error)}. {self._advice(candidate)}"
-            ) from error
-        if not isinstance(probe, Probe):
-            raise BackendUnusable(
-                f"backend {name!r} is installed but its probe gives {type(probe).__name__} where a Probe is wanted. "
-                f"{self._advice(candidate)}"
-            )
-        check_version(candidate, probe.interface_version)
-        self._plugins[name], self._probes[name] = plugin, probe
-        return probe
+        loaded = self._load(candidate)
+        if isinstance(loaded, Broken):
+            raise BackendUnusable(f"backend {name!r} {loaded.what} {self._advice(candidate)}") from loaded.cause
+        if isinstance(loaded, WindlassError):
+            raise loaded
+        return loaded.probe
 
     def examine(self, name: str) -> Probe | WindlassError:
         """As `probe`, but a failure is kept in `failures` and returned."""
@@ -219,7 +206,7 @@ class Registry:
         name = choice.backend
         index = self.device_index(choice)
         try:
-            accelerator = self._plugins[name].hook.windlass_open(name=name, index=index)
+            accelerator = self._plugin(name).hook.windlass_open(name=name, index=index)
         except WindlassError:
             raise
         except Exception as error:
@@ -232,13 +219,28 @@ class Registry:
                 f"backend {name!r} is usable but opening '{name}:{index}' gives {type(accelerator).__name__} where an "
                 f"Accelerator is wanted. {self._advice(self._find(name))}"
             )
+        try:
+            self._check_opened(accelerator, name, index)
+        except BaseException:
+            accelerator.close()
+            raise
         return accelerator
+
+    def _check_opened(self, accelerator: Accelerator, name: str, index: int) -> None:
+        """The class may have been written for another version than its plugin's probe says."""
+        version = accelerator.interface_version
+        if not is_version(version):
+            raise BackendUnusable(
+                f"backend {name!r} is usable but '{name}:{index}' has interface_version {version!r} where two numbers "
+                f"are wanted, such as (1, 0). {self._advice(self._find(name))}"
+            )
+        check_version(self._find(name), version)
 
     def _add_kernels(self, accelerator: Accelerator, backend: str) -> None:
         """Register what the backend's plugin gives, then what each package of kernels gives."""
         own = self._find(backend)
         try:
-            given = [(own.package, kernel) for kernel in collect_kernels(self._plugins[backend], accelerator)]
+            given = [(own.package, kernel) for kernel in collect_kernels(self._plugin(backend), accelerator)]
         except Exception as error:
             raise BackendUnusable(
                 f"backend {backend!r} opens but gives no kernels: {describe_cause(error)}. {self._advice(own)}"
@@ -264,11 +266,27 @@ class Registry:
                 ) from error
             givers[kernel.name, kernel.implementation] = package
 
+    def _load(self, candidate: Candidate) -> Loaded | Broken | WindlassError:
+        """Import one plugin and let it look for its hardware, once."""
+        if candidate.name not in self._loaded:
+            self._loaded[candidate.name] = look(candidate)
+        return self._loaded[candidate.name]
+
+    def _plugin(self, name: str) -> pluggy.PluginManager:
+        loaded = self._loaded[name]
+        assert isinstance(loaded, Loaded), "only what was probed is opened"
+        return loaded.plugin
+
     def _advice(self, candidate: Candidate) -> str:
-        others = [name for name in self.names if name != candidate.name]
+        """What to do about a broken plugin. The others are loaded for it, because naming a broken one helps nobody."""
+        others = [name for name in self.names if name != candidate.name and self._is_sound(name)]
         return (
             f"Skip it with WINDLASS_BACKENDS={','.join(others)}." if others else f"Reinstall {candidate.distribution}."
         )
+
+    def _is_sound(self, name: str) -> bool:
+        matches = [candidate for candidate in self.candidates if candidate.name == name]
+        return len(matches) == 1 and isinstance(self._load(matches[0]), Loaded)
 
 
 def _parse(text: str, source: str) -> tuple[str, int | None]:

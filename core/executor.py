@@ -155,7 +155,7 @@ class Executor:
         statistics = self._gather_statistics(loss_scale, clip, loss, stop)
         if any(statistics.late):
             self.gradients.reduce_again(statistics.late)
-            statistics = self._gather_statistics(loss_scale, clip, loss, stop)
+            statistics = self._gather_statistics(loss_scale, clip, loss, stop, tag="late gradients")
         self.phase = Phase.CHECKED
         if self.plan.rules.update == "replicated":
             self.gradients.share_replicas()
@@ -205,8 +205,13 @@ class Executor:
         self.micro_batches.clear()
         self.gradients.clear()
 
-    def _gather_statistics(self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool) -> _Statistics:
-        """Norm, finite check, loss, late units and touched parameters of all ranks: one small vector from each."""
+    def _gather_statistics(
+        self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool, *, tag: str = "step"
+    ) -> _Statistics:
+        """Norm, finite check, loss, late units and touched parameters of all ranks: one small vector from each.
+
+        The step's one host read, under `tag`: ranks whose gradients were late must agree first, and read once more.
+        """
         device, size = self.accelerator.device, self.group.size
         unscale = torch.full((), 1.0 / (loss_scale * size), dtype=torch.float32, device=device)
         squares = [
@@ -230,7 +235,8 @@ class Executor:
         norm = total[0].sqrt()
         keep = torch.logical_and(total[1] == 0, torch.isfinite(norm))
         factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
-        read = self.accelerator.read_host(torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]]))
+        vector = torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]])
+        read = self.accelerator.read_host(vector, tag=tag)
         finite, first, units = bool(read[1]), STATISTICS, len(self.plan.units)
         return _Statistics(
             norm=read[0] if finite else math.nan,

@@ -37,7 +37,6 @@ COPIED = (
     torch.int64,
     torch.int32,
     torch.uint8,
-    torch.bool,
 )
 REDUCED = (
     (torch.float32, torch.float32),

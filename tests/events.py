@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import math
 import time
 import warnings
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import windlass
-from windlass.conformance.models import Network, batch, build, loss_of
+from windlass.conformance.models import batch, build, loss_of
 from windlass.conformance.training import (
     LR,
     WEIGHT_DECAY,
@@ -25,18 +23,7 @@ from windlass.conformance.training import (
     train_oracle,
     windlass_ranks,
 )
-
-ROWS = 48
-
-
-def start(stage: int, model: str = "Network", accumulation: int = 1, **more: Any) -> windlass.Engine:
-    config = config_of(stage, accumulation, windlass_ranks(), ROWS, **more)
-    return windlass.initialize(build(model), config)
-
-
-def part_of(engine: windlass.Engine, step: int) -> tuple[Tensor, Tensor]:
-    ids, targets = batch(step, ROWS)
-    return my_part(ids, engine.rank, engine.num_ranks, 0, 1), my_part(targets, engine.rank, engine.num_ranks, 0, 1)
+from windlass.conformance.training_workers import ROWS, part_of, start
 
 
 def plain_step(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -55,75 +42,6 @@ def finish_plain_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> No
 def assert_like_oracle(engine: windlass.Engine, state: dict[str, Tensor], bound: float = 1e-6) -> None:
     worst = distance(engine.full_state_dict(), state)
     assert max(worst.values()) < bound, worst
-
-
-def evaluate_unevenly(stage: int) -> None:
-    """Evaluation between steps and between micro-batches, more of it on one rank than on another."""
-    with start(stage, accumulation=2) as engine:
-        for step in range(4):
-            ids, targets = batch(step, ROWS)
-            for micro in range(2):
-                engine.eval()
-                with torch.no_grad():
-                    for _ in range(engine.rank + micro):
-                        loss = engine(ids[:5], targets[:5])
-                        assert math.isfinite(float(loss))
-                engine.train()
-                x, y = (my_part(t, engine.rank, engine.num_ranks, micro, 2) for t in (ids, targets))
-                engine.backward(engine(x, y))
-                engine.step()
-        assert_like_oracle(engine, train_oracle("Network", 4)[0])
-
-
-class Interrupted(Exception):
-    pass
-
-
-def raise_in_forward_then_train(stage: int) -> None:
-    """An exception in the middle of forward on all ranks; training goes on as if nothing had been."""
-    with start(stage) as engine:
-        train_engine(engine, 2)
-        block = engine.module.blocks[2]  # type: ignore[index]
-        handle = block.norm.register_forward_hook(_interrupt)  # type: ignore[union-attr]
-        for _ in range(2):
-            with pytest.raises(Interrupted):
-                engine(*part_of(engine, 2))
-        handle.remove()
-        train_engine(engine, 2, first=2)
-        assert_like_oracle(engine, train_oracle("Network", 4)[0])
-
-
-def _interrupt(*_: object) -> None:
-    raise Interrupted
-
-
-def several_backwards_per_step(stage: int) -> None:
-    """Two losses, two backward passes, one step: all of them count, the last one too."""
-    module = build("Network")
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    with start(stage) as engine:
-        for step in range(4):
-            x, y = part_of(engine, step)
-            (0.5 * engine(x, y)).backward()
-            (0.25 * engine(x, y) + 0.25 * engine(x, y)).backward()
-            assert engine.step()
-            plain_step(module, optimizer, step)
-        assert_like_oracle(engine, module.state_dict())
-
-
-def state_dict_in_mid_training(stage: int) -> None:
-    """`module.state_dict()` is complete at any time, and loads into a plain model."""
-    with start(stage, "Tied") as engine:
-        train_engine(engine, 3)
-        plain = build("Tied", seed=7)
-        plain.load_state_dict(engine.module.state_dict())
-        full = engine.full_state_dict()
-        assert all(torch.equal(plain.state_dict()[name], full[name]) for name in full)
-        x, y = batch(9, ROWS)
-        with torch.no_grad():
-            assert torch.equal(loss_of(engine(x, y)), loss_of(plain(x, y)))
-        train_engine(engine, 1, first=3)
-        assert_like_oracle(engine, train_oracle("Tied", 4)[0])
 
 
 def unfreeze_in_mid_run(stage: int) -> None:
@@ -299,34 +217,6 @@ def two_engines_in_one_process(stage: int) -> None:
     accelerator.close()
 
 
-class Dropping(Network):
-    def body(self, x: Tensor, ids: Tensor) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
-        for block in self.blocks:
-            x = checkpoint(lambda value, inner=block: nn.functional.dropout(inner(value), 0.5), x, use_reentrant=False)
-        return x
-
-
-def one_sequence_of_dropout_per_rank(stage: int) -> None:
-    """Recomputation draws the same mask: the gradient is that of the forward pass which was seen."""
-    torch.manual_seed(0)
-    module = Dropping()
-    plain = copy.deepcopy(module)
-    with windlass.initialize(module, config_of(stage, 1, windlass_ranks(), ROWS, gradient_clipping=0)) as engine:
-        x, y = part_of(engine, 0)
-        engine.accelerator.seed(5 + engine.rank)
-        engine.backward(engine(x, y))
-        grads = []
-        for rank in range(engine.num_ranks):
-            torch.manual_seed(5 + rank)
-            ids, targets = batch(0, ROWS)
-            loss = plain(my_part(ids, rank, engine.num_ranks, 0, 1), my_part(targets, rank, engine.num_ranks, 0, 1))
-            grads.append(torch.autograd.grad(loss, plain.head.weight)[0])
-        assert torch.allclose(engine.full_gradient("head.weight"), torch.stack(grads).mean(0), rtol=1e-4, atol=1e-8)
-        assert engine.step()
-
-
 class _Sparse(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -342,14 +232,6 @@ def refuse_sparse_gradient() -> None:
         loss = engine(torch.tensor([1, 2]))
         with pytest.raises(TypeError, match=r"'embedding\.weight' is sparse"):
             engine.backward(loss)
-
-
-def refuse_different_plans() -> None:
-    import os
-
-    layers = 2 + int(os.environ["RANK"])
-    with pytest.raises(ValueError, match="rank 0 and rank 1 differ in "):
-        windlass.initialize(Network(layers), config_of(1, 1, windlass_ranks(), ROWS))
 
 
 def different_backward_counts(stage: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import windlass
-from events import part_of, start
+from windlass.conformance.training_workers import part_of, start
 
 SOON = 20.0  # seconds; the others must know long before any timeout of the surroundings
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import windlass
-from events import ROWS, assert_like_oracle, finish_plain_step, part_of, plain_step, start
+from events import assert_like_oracle, finish_plain_step, plain_step
 from windlass.conformance.models import Frozen, Network, batch, build
 from windlass.conformance.training import LR, WEIGHT_DECAY, config_of, distance, my_part, train_engine, windlass_ranks
+from windlass.conformance.training_workers import ROWS, part_of, start
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 # Click's UsageError, wherever this version of typer keeps it: in click, or in a copy of its own.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
+_STOPPED = 130  # what newer versions of typer return after Ctrl-C, where older ones raise Abort
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="JSON file; DeepSpeed's keys are understood.")
@@ -186,13 +188,54 @@ def doctor(
         sys.exit(1)
 
 
+@app.command()
+def conform(
+    accelerator: Annotated[str, typer.Option(help='Backend or device under test, as "cpu" or "cuda:1".')],
+    level: Annotated[int, typer.Option(help="Run the levels from 0 to this one, at most 5.")] = 3,
+    report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.json and report.html there.")] = None,
+    expected_failures: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file of tests that are known to fail.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    select: Annotated[
+        str | None, typer.Option("-k", metavar="EXPR", help="Run only tests whose names match, and claim no level.")
+    ] = None,
+) -> None:
+    """Test a backend with the conformance suite.
+
+    Level 0 device and memory, 1 kernels, 2 collectives, 3 training, 4 offload, 5 rates.
+    """
+    from rich.console import Console
+
+    from windlass.conformance.command import ConformOptions, SuiteFailed, check_conform, exit_sentence, run_suite
+    from windlass.conformance.display import ProgressDisplay, show_report
+
+    options = ConformOptions(accelerator, level, report, expected_failures, select)
+    with one_line_errors():
+        check_conform(options)
+        display = None if as_json else ProgressDisplay(Console(stderr=True))
+        try:
+            with display or contextlib.nullcontext(), end_on_sigterm():
+                result, status = run_suite(options, display)
+        except SuiteFailed as error:
+            fail(str(error), 1)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_report(result, Console())
+        print(exit_sentence(result, report))
+    sys.exit(status)
+
+
 def main() -> NoReturn:
     """The entry point. Exit codes: 0 good, 1 the run failed, 2 bad usage or bad configuration."""
     try:
-        app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE_ERROR as error:
         fail(" ".join(str(error.format_message()).split()), 2)
     except (KeyboardInterrupt, typer.Abort):
+        fail("stopped", 1)
+    if status == _STOPPED:
         fail("stopped", 1)
     sys.exit(0)
 

@@ -16,7 +16,7 @@ from windlass.accelerator.interface import Accelerator, Capabilities
 from windlass.accelerator.kernels import Kernels
 from windlass.accelerator.reference import SCHEMAS, reference_kernels
 from windlass.backends.cpu.collectives import CpuCollectives, TransportChoice
-from windlass.backends.cpu.memory import CpuMemory
+from windlass.backends.cpu.memory import FLOATS, CpuMemory
 from windlass.backends.cpu.streams import CpuStreams
 
 
@@ -57,10 +57,10 @@ def open_cpu(index: int = 0, *, transport: TransportChoice = "auto") -> CpuAccel
             collectives,
             kernels,
             Capabilities(
-                dtypes=("float32", "bfloat16", "float16"),
+                dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS),
                 matmul_dtypes=find_matmul_dtypes(flags),
                 views=True,
-                one_sided=on_pages,
+                one_sided=on_pages or collectives.world.size == 1,
                 ordered_reduction=True,
                 host_place=True,
                 float64=True,

@@ -24,6 +24,9 @@ from windlass.backends.cpu.shared_pages import map_pages, round_to_pages
 ALIGNMENT: Final = 128  # bytes
 _WHOLE_PAGES: Final = 2**20  # from this size on an allocation has pages of its own, which huge pages can back
 
+FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)  # as declared; float64 has a capability of its own
+_DTYPES: Final = (*FLOATS, torch.float64, torch.uint8, torch.int32, torch.int64)
+
 _COPY_KINDS: Final = {
     (Place.HOST, Place.DEVICE): "up",
     (Place.DEVICE, Place.HOST): "down",
@@ -91,6 +94,9 @@ class CpuMemory(Memory):
         shared: Group | None = None,
     ) -> Tensor:
         account = self._account(place)
+        if dtype not in _DTYPES:
+            known = ", ".join(_name(one) for one in _DTYPES)
+            raise Unsupported(f"memory of {self._name} does not hold {_name(dtype)}; use one of {known} instead")
         nbytes = math.prod(shape) * dtype.itemsize
         fits = self._fits(account, nbytes)
         region: Region | None = None
@@ -183,6 +189,10 @@ class CpuMemory(Memory):
             used = sum(one.used for one in self._accounts.values())
             text += f": {format_bytes(max(self._capacity - used, 0))} free of {format_bytes(self._capacity)}"
         return text + "; shard over more ranks, use smaller buckets, or raise the budget"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _reserve(nbytes: int) -> tuple[Tensor, int]:

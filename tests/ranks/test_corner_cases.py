@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from scenarios import CASES, PER_RANK
 from windlass.conformance.rank_pool import run_ranks
 from windlass.conformance.training import assert_equals_oracle, train_grid
 
 STEPS = 6
-PER_RANK = {"Branching"}  # what they compute depends on the rows that a rank sees
-
-CASES = [
-    "Tied", "Checkpointed", "CheckpointedReentrant", "UnusedEverywhere", "Branching", "CalledOften", "Frozen",
-    "Adapted", "TinyPieces", "OneParameter", "ReadsAnother", "ReturnsDataclass", "ReturnsDict", "ReturnsTuple",
-    "Attention", "GivesItsWeight", "OneBlockInFourPlaces", "InPlaceFirst", "OddBuffers",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import events
-import precision_events
+from scenarios import EVENTS
+from windlass.conformance import precision_workers, training_workers
 from windlass.conformance.rank_pool import run_ranks
 
 STAGES = [0, 1, 2, 3]
@@ -14,24 +15,7 @@ STAGES = [0, 1, 2, 3]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "event",
-    [
-        events.evaluate_unevenly,
-        events.raise_in_forward_then_train,
-        events.several_backwards_per_step,
-        events.state_dict_in_mid_training,
-        events.unfreeze_in_mid_run,
-        events.parameter_groups_and_torch_scheduler,
-        events.own_torch_optimizer,
-        events.build_on_meta,
-        events.train_compiled,
-        events.gradients_and_state_in_full,
-        events.close_gives_back,
-        events.dropped_gradients_leave_no_trace,
-        events.two_engines_in_one_process,
-        events.loss_and_wish_to_stop_travel_with_the_step,
-        events.one_sequence_of_dropout_per_rank,
-        precision_events.mixed_dtypes_in_one_module,
-    ],
+    EVENTS,
     ids=lambda event: event.__name__,
 )
 def test_event(event: object, stage: int) -> None:
@@ -39,20 +23,25 @@ def test_event(event: object, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_ranks_may_evaluate_different_numbers_of_batches(stage: int) -> None:
+    run_ranks(training_workers.evaluate_between_steps, 2, stage, True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_overflow_on_one_rank_skips_everywhere(ranks: int, stage: int) -> None:
-    run_ranks(precision_events.overflow_on_one_rank, ranks, stage)
+    run_ranks(precision_workers.overflow_on_one_rank, ranks, stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_nonfinite_gradient_skips_in_fp32(stage: int) -> None:
-    run_ranks(precision_events.nonfinite_in_fp32, 2, stage)
+    run_ranks(precision_workers.nonfinite_in_fp32, 2, stage)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_low_precision_follows_the_master_weight_oracle(stage: int, precision: str) -> None:
-    run_ranks(precision_events.low_precision_against_oracle, 2, stage, precision)
+    run_ranks(precision_workers.low_precision_against_oracle, 2, stage, precision)
 
 
 def test_sparse_gradient_is_refused() -> None:
@@ -60,7 +49,7 @@ def test_sparse_gradient_is_refused() -> None:
 
 
 def test_different_plans_are_refused_on_every_rank() -> None:
-    run_ranks(events.refuse_different_plans, 2)
+    run_ranks(training_workers.refuse_different_plans, 2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -7,26 +7,14 @@ from pathlib import Path
 import pytest
 
 import uses
+from scenarios import USES
 from windlass.conformance.rank_pool import RanksFailed, run_ranks
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "use",
-    [
-        uses.backward_twice_through_one_graph,
-        uses.two_losses_per_micro_batch,
-        uses.one_step_after_all_micro_batches,
-        uses.evaluate_in_inference_mode,
-        uses.plain_backward_in_fp16,
-        uses.frozen_weights_in_bf16_come_from_rank_0,
-        uses.many_backwards_in_bf16,
-        uses.stale_and_changed_models_are_refused,
-        uses.ways_round_a_units_outputs_are_refused,
-        uses.parts_of_the_model_can_be_saved,
-        uses.schedulers_that_cannot_work_are_refused,
-        uses.closed_shards_are_not_trained_on,
-    ],
+    USES,
     ids=lambda use: use.__name__,
 )
 def test_use(use: object, stage: int) -> None:

@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from kernel_cases import DTYPES, KEEP, ONE, AdamwState, adamw_rounded_stepwise, equal_bits, make_scalars, make_state
 from windlass.accelerator import reference
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.kernels import Kernels
 from windlass.accelerator.reference import SCHEMAS, reference_kernels
 from windlass.backends.cpu.kernels import adamw, cpu_kernels, scale_cast, square_sum
+from windlass.conformance.kernel_cases import (
+    DTYPES,
+    KEEP,
+    ONE,
+    AdamwState,
+    adamw_rounded_stepwise,
+    equal_bits,
+    make_scalars,
+    make_state,
+)
 
 
 def test_compiled_kernels_are_chosen_over_the_reference() -> None:

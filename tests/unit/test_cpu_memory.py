@@ -219,7 +219,7 @@ def test_declared_facts(accelerator: CpuAccelerator) -> None:
     assert accelerator.name == "cpu:0"
     assert accelerator.facts["transport"] == "alone"
     assert accelerator.facts["ranks_on_host"] == 1
-    assert not accelerator.capabilities.one_sided
+    assert accelerator.capabilities.one_sided  # alone, nobody else is needed
     assert accelerator.capabilities.ordered_reduction
     assert find_matmul_dtypes(frozenset({"avx512f", "avx512_bf16"})) == ("float32", "bfloat16")
     assert find_matmul_dtypes(frozenset({"avx2"})) == ("float32",)

@@ -54,6 +54,13 @@ def test_import_of_a_package_loads_no_vendor(package: str) -> None:
     assert modules_loaded_by(f"import {package}").isdisjoint(FRAMEWORKS - {"torch", "numpy"})
 
 
+# What every pytest of the environment imports, what tests are decorated with, and what the command starts with.
+@pytest.mark.parametrize("module", ["", ".loading", ".requirements", ".command"])
+def test_conformance_loads_neither_a_framework_nor_pytest(module: str) -> None:
+    loaded = modules_loaded_by(f"import windlass.conformance{module}")
+    assert loaded.isdisjoint(FRAMEWORKS | {"_pytest", "matplotlib", "pydantic", "pytest"})
+
+
 @pytest.mark.parametrize("name", [name for name in windlass.__all__ if not name.startswith("__")])
 def test_every_public_name_loads_on_first_use(name: str) -> None:
     value = getattr(windlass, name)

@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kernel_cases import (
+from windlass.accelerator.reference import reference_kernels
+from windlass.backends.cpu.kernels import cpu_kernels
+from windlass.conformance.kernel_cases import (
     DTYPES,
     KEEP,
     ONE,
     SKIP,
     AdamwState,
-    Doubles,
     bound_adamw,
     equal_bits,
+    every_pattern,
     make_scalars,
     make_state,
+    sum_squares,
+    values_around,
 )
-from windlass.accelerator.reference import reference_kernels
-from windlass.backends.cpu.kernels import cpu_kernels
 
 IMPLEMENTATIONS = {
     implementation: {kernel.name: kernel.function for kernel in kernels}
@@ -131,11 +132,6 @@ def test_adamw_takes_subnormal_numbers(kernels: dict[str, Any]) -> None:
     assert abs(state.exp_avg[0].item() - 1e-40) < 1e-44
 
 
-def sum_exactly(values: Tensor, scale: float) -> float:
-    products: Doubles = (values.double().numpy() * np.float64(np.float32(scale))) ** 2
-    return math.fsum(products)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 15, 1023, 1024, 1025, 100_003])
 def test_square_sum_is_within_its_bound(kernels: dict[str, Any], dtype: torch.dtype, count: int) -> None:
@@ -143,7 +139,7 @@ def test_square_sum_is_within_its_bound(kernels: dict[str, Any], dtype: torch.dt
     mixed = torch.randn(count, generator=random) * 10 ** (3 * torch.rand(count, generator=random))
     for values in (torch.ones(count), torch.rand(count, generator=random), mixed, mixed.sort().values):
         total, bad = kernels["square_sum"](values.to(dtype), torch.tensor(0.3)).tolist()
-        wanted = sum_exactly(values.to(dtype), 0.3)
+        wanted = sum_squares(values.to(dtype), 0.3)
         assert abs(total - wanted) <= 1e-6 * wanted
         assert bad == 0
 
@@ -185,17 +181,12 @@ def test_square_sum_depends_on_values_and_length_only(kernels: dict[str, Any]) -
             assert torch.equal(kernels["square_sum"](moved[offset : offset + count], ONE), wanted)
 
 
-def every_float16() -> Tensor:
-    """All 65536 patterns of sixteen bits."""
-    return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
-
-
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("destination", DTYPES)
 def test_scale_cast_of_every_narrow_value(
     kernels: dict[str, Any], source: torch.dtype, destination: torch.dtype
 ) -> None:
-    values = every_float16().view(source)
+    values = every_pattern().view(source)
     result = kernels["scale_cast"](torch.empty(len(values), dtype=destination), values, ONE)
     assert equal_bits(result, values.float().to(destination))
 
@@ -204,12 +195,7 @@ def test_scale_cast_of_every_narrow_value(
 def test_scale_cast_rounds_to_nearest_even_around_every_narrow_value(
     kernels: dict[str, Any], destination: torch.dtype
 ) -> None:
-    """Each value, its middle to the next one, and the neighbours of both, in fp32."""
-    low = every_float16().view(destination).float()
-    up = (every_float16() + 1).view(destination).float()
-    middle = (low.double() / 2 + up.double() / 2).float()
-    near = torch.cat([torch.nextafter(each, torch.tensor(end)) for each in (low, middle) for end in (INF, -INF)])
-    values = torch.cat([low, middle, near])
+    values = values_around(destination)
     result = kernels["scale_cast"](torch.empty(len(values), dtype=destination), values, ONE)
     assert equal_bits(result, values.to(destination))
     assert int(result.isnan().sum()) == int(values.isnan().sum())

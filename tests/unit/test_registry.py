@@ -153,7 +153,11 @@ def test_an_unknown_device_index(installed: Installed) -> None:
 def test_more_ranks_than_devices(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed.backend("gpu", probe("card A", "card B"))
     make_rank(monkeypatch, 2, 3)
-    with pytest.raises(BackendUnusable, match=r"^there is no device 'gpu:2' for local rank 2: backend 'gpu' has 2,"):
+    with raises_sentence(
+        BackendUnusable,
+        "there is no device 'gpu:2' for local rank 2: backend 'gpu' has 2, counted from 0 (card A, card B). Name one "
+        "of these, or start fewer ranks on this host.",
+    ):
         open_accelerator()
 
 

@@ -1,9 +1,10 @@
-"""The tutorial backend in docs/writing-a-backend.md is real: it is installed, opened and run as printed."""
+"""docs/writing-a-backend.md shows the package in tests/plugin as it is, and what it prints is what happens."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 import tomllib
@@ -17,21 +18,22 @@ import torch
 from fake_plugins import Installed
 from windlass.accelerator.interface import Accelerator, Collectives, Memory, Streams
 from windlass.accelerator.registry import open_accelerator
+from windlass.conformance.expected import read_expected_failures
+from windlass.conformance.results import STATUSES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-backend.md").read_text()
+ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / "tests" / "plugin"
+PAGE = (ROOT / "docs" / "writing-a-backend.md").read_text()
 FILES = dict(re.findall(r"^\*\*`([^`]+)`\*\*\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SNIPPETS = [text for text in PYTHON if text not in FILES.values()]
 
 
 @pytest.fixture
-def _quick_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The files of the page, importable, with the entry point that its pyproject.toml declares."""
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    project = tomllib.loads(FILES["pyproject.toml"])["project"]
+def _quick_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package importable, with the entry point that its pyproject.toml declares."""
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
     installed = Installed(monkeypatch)
     for name, module in project["entry-points"]["windlass.backends"].items():
         installed.distribution(name, module, package=project["name"], version=project["version"])
@@ -40,10 +42,30 @@ def _quick_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         del sys.modules[name]
 
 
+def test_the_page_shows_the_files_of_the_packages() -> None:
+    names = {"pyproject.toml", *(path.relative_to(PLUGIN).as_posix() for path in PLUGIN.rglob("*.py"))}
+    files = {name: (PLUGIN / name).read_text() for name in names}
+    module = "generic_host/__init__.py"
+    assert {**files, module: (ROOT / "tests" / "generic_host" / module).read_text()} == FILES
+
+
+def test_the_expected_failures_of_the_page_can_be_read(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```toml\n(\[\[expected_failure.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "failures.toml").write_text(text)
+    (entry,) = read_expected_failures(tmp_path / "failures.toml").values()
+    golden = json.loads((ROOT / "windlass" / "conformance" / "golden.json").read_text())
+    assert entry.id in json.dumps(golden)
+
+
+def test_the_statuses_of_the_page_are_those_of_the_report() -> None:
+    rows = re.findall(r"^\| ([a-z][a-z ,-]*) \| ", PAGE.partition("## Prove it")[2], re.MULTILINE)
+    listed = {name for row in rows for name in row.split(", ")} - {"status"}
+    assert listed == set(STATUSES) - {"not run"}
+
+
 def test_the_backend_is_small() -> None:
-    assert set(FILES) == {"quickhost/__init__.py", "quickhost/kernels.py", "pyproject.toml"}
-    code = [line for name, text in FILES.items() if name.endswith(".py") for line in text.splitlines() if line.strip()]
-    assert len(code) < 60
+    texts = [path.read_text() for path in PLUGIN.rglob("*.py")]
+    assert sum(len(text.splitlines()) for text in texts) <= 60
 
 
 @pytest.mark.usefixtures("_quick_installed")

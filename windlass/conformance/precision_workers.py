@@ -1,22 +1,34 @@
-"""Workers about precision for tests/ranks/test_training_events.py: overflow, master weights, mixed dtypes."""
+"""Workers for level 3 about precision: overflow, master weights, mixed dtypes. Each runs on every rank."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import windlass
-from events import ROWS, assert_like_oracle, part_of, start
 from windlass.conformance.models import batch, build
-from windlass.conformance.training import LR, WEIGHT_DECAY, distance, my_part, train_engine, train_oracle
+from windlass.conformance.training import (
+    LR,
+    WEIGHT_DECAY,
+    assert_equals_oracle,
+    config_of,
+    distance,
+    my_part,
+    train_engine,
+    windlass_ranks,
+)
+from windlass.conformance.training_workers import ROWS, part_of, start
 
 FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def overflow_on_one_rank(stage: int) -> None:
-    """An inf in one rank's gradient: all skip, nothing moves, the scale backs off, the next step equals the oracle."""
+    """An inf in one rank's gradient: all skip, nothing moves, the scale backs off, and training goes on as if that
+    batch had not been."""
     clean = start(stage, fp16=FP16)
     train_engine(clean, 3)
     wanted = clean.full_state_dict()
@@ -26,9 +38,7 @@ def overflow_on_one_rank(stage: int) -> None:
         before = engine.full_state_dict()
         moments = engine.full_optimizer_state("head.weight")
         scale, steps, lr = engine.loss_scale, engine.global_steps, engine.lr
-        x, y = part_of(engine, 2)
-        loss = engine(x, y)
-        engine.backward(loss * float("inf") if engine.rank == engine.num_ranks - 1 else loss)
+        engine.backward(_spoil(engine, engine(*part_of(engine, 2)), engine.num_ranks - 1, float("inf")))
         assert not engine.step()
         assert engine.skipped_steps == 1
         assert (engine.global_steps, engine.lr) == (steps, lr)
@@ -44,21 +54,26 @@ def overflow_on_one_rank(stage: int) -> None:
 
 
 def nonfinite_in_fp32(stage: int) -> None:
+    """A NaN in one rank's gradient skips the step on every rank, in fp32 too."""
     with start(stage) as engine:
         train_engine(engine, 1)
         before = engine.full_state_dict()
-        loss = engine(*part_of(engine, 1))
-        engine.backward(loss * float("nan") if engine.rank == 0 else loss)
+        engine.backward(_spoil(engine, engine(*part_of(engine, 1)), 0, float("nan")))
         assert not engine.step()
         after = engine.full_state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         train_engine(engine, 2, first=1)
-        assert_like_oracle(engine, train_oracle("Network", 3)[0])
+        assert_equals_oracle(engine.full_state_dict(), "Network", 3)
+
+
+def _spoil(engine: windlass.Engine, loss: Tensor, rank: int, factor: float) -> Tensor:
+    """The loss times `factor` on one rank; by a factor that is data, so that every rank runs the same program."""
+    return loss * torch.tensor(factor if engine.rank == rank else 1.0).to(loss.device)
 
 
 def low_precision_against_oracle(stage: int, precision: str) -> None:
     """Low-precision weights, fp32 master and moments: each rank's gradients in low precision, summed in fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     section: dict[str, Any] = {"enabled": True} if precision == "bf16" else {"enabled": True, "initial_scale_power": 6}
     given: dict[str, Any] = {precision: section}
     with start(stage, **given) as engine:
@@ -66,7 +81,7 @@ def low_precision_against_oracle(stage: int, precision: str) -> None:
         full = engine.full_state_dict()
         for name, value in engine.module.state_dict().items():
             assert value.dtype is dtype
-            assert torch.equal(value, full[name].to(dtype))
+            assert torch.equal(engine.accelerator.to_host(value), full[name].to(dtype))
         assert max(distance(full, master.state_dict()).values()) < 1e-3
 
 
@@ -82,22 +97,23 @@ def mixed_dtypes_in_one_module(stage: int) -> None:
 
 
 def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.Module) -> nn.Module:
-    """Train the engine and, in plain PyTorch, `low` with its fp32 `master`; returns the master. The operations and
-    precisions are the same: only the order of a few fp32 sums may differ, and flips of a rounding that follow."""
+    """Train the engine and, in plain PyTorch on the same device, `low` with its fp32 `master` on the host; returns the
+    master. The operations and precisions are the same: only the order of a few fp32 sums may differ, and flips of a
+    rounding that follow."""
     optimizer = torch.optim.AdamW(master.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    scale = engine.loss_scale
+    scale, accelerator = engine.loss_scale, engine.accelerator
+    low = low.to(accelerator.device)
     for step in range(5):
-        ids, targets = batch(step, ROWS)
         for parameter in master.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for rank in range(engine.num_ranks):
-            x, y = (my_part(t, rank, engine.num_ranks, 0, 1) for t in (ids, targets))
+            x, y = (my_part(t, rank, engine.num_ranks, 0, 1).to(accelerator.device) for t in batch(step, ROWS))
             low.zero_grad()
             (low(x, y) * scale).backward()
             for parameter, other in zip(master.parameters(), low.parameters(), strict=True):
                 assert parameter.grad is not None
                 assert other.grad is not None
-                parameter.grad += other.grad.float() / (scale * engine.num_ranks)
+                parameter.grad += accelerator.to_host(other.grad).float() / (scale * engine.num_ranks)
         torch.nn.utils.clip_grad_norm_(master.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -106,3 +122,12 @@ def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.M
         engine.backward(engine(*part_of(engine, step)))
         assert engine.step()
     return master
+
+
+def refuse_undeclared_precision(precision: str) -> None:
+    """Training in a dtype that the device does not have is refused, with what to do instead."""
+    config = config_of(1, 1, windlass_ranks(), ROWS, **{precision: {"enabled": True}})
+    with pytest.raises(windlass.Unsupported) as caught:
+        windlass.initialize(build("Network"), config).close()
+    name = str(DTYPES[precision]).removeprefix("torch.")
+    assert name in str(caught.value)

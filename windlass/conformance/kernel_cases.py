@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,6 +49,16 @@ class AdamwState:
         """Views of a part, where it lies."""
         return AdamwState(*(None if each is None else each[begin:end] for each in self._tensors()))  # type: ignore[arg-type]
 
+    def on(self, device: torch.device) -> AdamwState:
+        """Copies on a device."""
+        moved = (None if each is None else each.to(device, copy=True) for each in self._tensors())
+        return AdamwState(*moved)  # type: ignore[arg-type]
+
+    def fetch(self, to_host: Callable[[Tensor], Tensor]) -> AdamwState:
+        """Copies on the host."""
+        fetched = (None if each is None else to_host(each) for each in self._tensors())
+        return AdamwState(*fetched)  # type: ignore[arg-type]
+
     def bits(self) -> list[list[int]]:
         """Every vector as integers; equal lists are equal bits."""
         return [each.view(WORDS[each.itemsize]).tolist() for each in self._tensors() if each is not None]
@@ -90,7 +102,7 @@ def make_state(
         gradient=(spread * normal()).clamp(-6e4, 6e4).to(gradient),
         exp_avg=0.3 * spread * normal(),
         exp_avg_sq=(spread * normal()) ** 2,
-        low=None if low is None else torch.zeros(count, dtype=low),
+        low=None if low is None else torch.full((count,), 7.0, dtype=low),
     )
 
 
@@ -132,6 +144,16 @@ def bound_adamw(state: AdamwState, scalars: Tensor, scale: Tensor, *, decoupled:
     )
 
 
+def measure_adamw(found: AdamwState, bounds: AdamwBounds) -> dict[str, float]:
+    """The worst error of each result, as a share of what is allowed; nan where a result is none."""
+    shares = {}
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        wanted, allowed = getattr(bounds, name)
+        error = np.abs(getattr(found, name).double().numpy() - wanted)
+        shares[name] = float(np.max(error / allowed, initial=0.0))
+    return shares
+
+
 def adamw_rounded_stepwise(
     state: AdamwState, scalars: Tensor, scale: Tensor, *, decoupled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +172,33 @@ def adamw_rounded_stepwise(
     return torch.from_numpy(w), torch.from_numpy(m), torch.from_numpy(v)
 
 
-def equal_bits(left: Tensor, right: Tensor) -> bool:
-    """The same bits, or a nan in both: the payload of a nan is nobody's business."""
+def count_different(left: Tensor, right: Tensor) -> int:
+    """Elements with other bits, unless both are nan: the payload of a nan is nobody's business."""
     same = left.view(WORDS[left.itemsize]) == right.view(WORDS[right.itemsize])
-    return bool((same | (left.isnan() & right.isnan())).all())
+    return int((~(same | (left.isnan() & right.isnan()))).sum())
+
+
+def equal_bits(left: Tensor, right: Tensor) -> bool:
+    """The same bits, or a nan in both."""
+    return count_different(left, right) == 0
+
+
+def every_pattern() -> Tensor:
+    """All 65536 patterns of sixteen bits."""
+    return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+
+
+def values_around(dtype: torch.dtype) -> Tensor:
+    """Each value of a 16-bit dtype, its middle to the next one, and the neighbours of both, in fp32."""
+    low = every_pattern().view(dtype).float()
+    up = (every_pattern() + 1).view(dtype).float()
+    middle = (low.double() / 2 + up.double() / 2).float()
+    ends = (torch.tensor(math.inf), torch.tensor(-math.inf))
+    near = [torch.nextafter(each, end) for each in (low, middle) for end in ends]
+    return torch.cat([low, middle, *near])
+
+
+def sum_squares(values: Tensor, scale: float) -> float:
+    """The sum of (scale * value)^2 in float64, every term added exactly; `scale` is rounded to fp32 first."""
+    products: Doubles = (values.double().numpy() * np.float64(np.float32(scale))) ** 2
+    return math.fsum(products)

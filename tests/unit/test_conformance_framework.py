@@ -1,0 +1,186 @@
+"""The rules of the conformance suite, tried on tiny suites: what counts as what, and which level is reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toy_suite import SuiteOutcome, ToySuite
+
+RULES = """
+@requires(level=0, must="The mandatory core works.")
+def test_core(accelerator):
+    assert accelerator.name == "toy:0"
+
+@requires(level=0, must="Views alias.", needs="views")
+def test_views():
+    raise RuntimeError("no views here")
+
+@requires(level=0, must="Without views a view is refused.", without="views")
+def test_without_views():
+    pass
+
+@requires(level=0, must="Doubles exist.", needs="float64")
+def test_doubles():
+    assert 1 + 1 == 2
+
+@requires(level=0, must="Every dtype works.", needs=lambda dtype: f"dtypes:{dtype}")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(dtype):
+    assert dtype != "float16"
+
+@requires(level=0, must="Ranks start.", needs=lambda ranks: f"ranks:{ranks}")
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks(ranks):
+    pass
+"""
+CORE = "test_l0_rules.py::"
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> ToySuite:
+    return ToySuite(tmp_path)
+
+
+def run_rules(suite: ToySuite, **declared: object) -> SuiteOutcome:
+    suite.write("test_l0_rules.py", RULES)
+    return suite.run(capabilities=declared, variables={"TOY_DEVICES": "2"})
+
+
+def test_what_is_not_declared_is_probed_and_cannot_fail(suite: ToySuite) -> None:
+    outcome = run_rules(suite)
+    assert outcome.status == 0, outcome.output
+    assert outcome.statuses == {
+        CORE + "test_core": "passed",
+        CORE + "test_views": "not declared",
+        CORE + "test_without_views": "passed",
+        CORE + "test_doubles": "under-declared",
+        CORE + "test_dtypes[float32]": "passed",
+        CORE + "test_dtypes[bfloat16]": "under-declared",
+        CORE + "test_dtypes[float16]": "not declared",
+        CORE + "test_ranks[1]": "passed",
+        CORE + "test_ranks[2]": "passed",
+        CORE + "test_ranks[4]": "no hardware",
+    }
+    assert outcome.report["under_declared"] == ["dtypes:bfloat16", "float64"]
+    assert outcome.message(CORE + "test_views") == "RuntimeError: no views here"
+    assert outcome.report["level"] == 0
+
+
+def test_what_is_declared_and_fails_fails(suite: ToySuite) -> None:
+    outcome = run_rules(suite, views=True)
+    assert outcome.status == 1
+    assert outcome.statuses[CORE + "test_views"] == "failed"
+    assert outcome.message(CORE + "test_views").startswith("RuntimeError: no views here\n")
+    assert outcome.statuses[CORE + "test_without_views"] == "not applicable"
+    assert outcome.states == {0: "failed"}
+    assert outcome.report["level"] is None
+    assert "No level is reached." in outcome.output
+
+
+def test_ids_do_not_depend_on_the_backend(suite: ToySuite) -> None:
+    little = run_rules(suite)
+    much = run_rules(suite, float64=True, shared_device=True, dtypes=["float32", "bfloat16"])
+    assert list(little.statuses) == list(much.statuses)
+    assert much.statuses[CORE + "test_ranks[4]"] == "passed"
+    assert much.statuses[CORE + "test_doubles"] == "passed"
+    assert (little.report["most_ranks"], much.report["most_ranks"]) == (2, 4)
+
+
+def test_a_capability_works_only_if_all_its_probes_pass(suite: ToySuite) -> None:
+    suite.write(
+        "test_l0_half.py",
+        """
+        @requires(level=0, must="It holds.")
+        def test_core(): pass
+
+        @requires(level=0, must="Doubles exist.", needs="float64")
+        @pytest.mark.parametrize("half", [0, 1])
+        def test_doubles(half):
+            assert half == 0
+        """,
+    )
+    outcome = suite.run()
+    assert outcome.statuses["test_l0_half.py::test_doubles[0]"] == "under-declared"
+    assert outcome.report["under_declared"] == []
+
+
+def test_probes_run_last_so_that_they_cannot_disturb(suite: ToySuite) -> None:
+    suite.write(
+        "test_l0_order.py",
+        """
+        SPOILED = []
+
+        @requires(level=0, must="Doubles exist.", needs="float64")
+        def test_probe():
+            SPOILED.append(1)
+            raise RuntimeError("half way")
+
+        @requires(level=0, must="It holds.")
+        def test_core():
+            assert not SPOILED
+        """,
+    )
+    outcome = suite.run()
+    assert outcome.statuses["test_l0_order.py::test_core"] == "passed"
+    assert outcome.statuses["test_l0_order.py::test_probe"] == "not declared"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("pytest.skip('not today')", "Skips are forbidden inside a claimed level: not today"),
+        ("pytest.xfail('known')", "Skips are forbidden inside a claimed level: known"),
+        ("pytest.importorskip('no_such_module')", "Skips are forbidden inside a claimed level: could not import"),
+        ("import warnings; warnings.warn('careful')", "UserWarning: careful"),
+        ("assert 1 == 2, 'sums'", "AssertionError: sums"),
+    ],
+    ids=["skip", "xfail", "importorskip", "warning", "assert"],
+)
+def test_skips_and_warnings_are_failures(suite: ToySuite, body: str, message: str) -> None:
+    suite.write("test_l0_one.py", f'@requires(level=0, must="It holds.")\ndef test_one():\n    {body}\n')
+    outcome = suite.run()
+    assert outcome.status == 1
+    assert outcome.statuses == {"test_l0_one.py::test_one": "failed"}
+    assert outcome.message("test_l0_one.py::test_one").startswith(message)
+
+
+def test_a_warning_that_a_test_ignores_is_no_failure(suite: ToySuite) -> None:
+    mark = "@pytest.mark.filterwarnings('ignore:careful')"
+    body = "def test_one():\n    import warnings; warnings.warn('careful')\n"
+    suite.write("test_l0_one.py", f'{mark}\n@requires(level=0, must="It holds.")\n{body}')
+    assert suite.run().statuses == {"test_l0_one.py::test_one": "passed"}
+
+
+@pytest.mark.parametrize("mark", ["@pytest.mark.skip(reason='later')", "@pytest.mark.xfail(strict=False)"])
+def test_marks_that_excuse_a_test_are_failures(suite: ToySuite, mark: str) -> None:
+    suite.write("test_l0_one.py", f'{mark}\n@requires(level=0, must="It holds.")\ndef test_one(): pass\n')
+    outcome = suite.run()
+    assert (outcome.status, outcome.states) == (1, {0: "failed"})
+
+
+def test_a_fixture_that_fails_fails_its_test(suite: ToySuite) -> None:
+    suite.write(
+        "test_l0_fixtures.py",
+        """
+        @pytest.fixture
+        def broken():
+            raise RuntimeError("no fixture")
+
+        @pytest.fixture
+        def leaking():
+            yield
+            raise RuntimeError("left behind")
+
+        @requires(level=0, must="Setup works.")
+        def test_setup(broken): pass
+
+        @requires(level=0, must="Teardown works.")
+        def test_teardown(leaking): pass
+        """,
+    )
+    outcome = suite.run()
+    assert outcome.status == 1
+    assert outcome.message("test_l0_fixtures.py::test_setup").startswith("In setup: RuntimeError: no fixture")
+    assert outcome.message("test_l0_fixtures.py::test_teardown").startswith("In teardown: RuntimeError: left behind")
