@@ -1,4 +1,4 @@
-"""The core on the strict simulated accelerator: asynchronous, shuffled, poisoned, without views, and right all the same.
+"""The core on the strict simulated accelerator: late, shuffled, poisoned, without views, and right all the same.
 
 Every case has a seed of its own, so that one run of the suite sees hundreds of schedules.
 """
