@@ -1,12 +1,12 @@
 # Every target makes its own environment in .venv; a second run finds it made and starts at once.
-#   make train        train the built-in recipe on 2 ranks      make test         run the whole test suite
+#   make train        train the built-in recipe on 2 ranks      make test         run the test suite, in minutes
 #   make lint         formatting, lint and types                make bench-peers  compare with peers on this machine
 #   make mutants      broken backends, and which test of the suite catches each
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test lint mutants bench-peers clean
+.PHONY: help train test test-slow lint mutants bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +41,10 @@ train: $(VENV)/.installed
 	$(BIN)/windlass train --ranks 2
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -q -m slow
 
 lint: $(VENV)/.installed-develop
 	$(BIN)/ruff format --check .

@@ -195,7 +195,7 @@ def dropped_gradients_leave_no_trace(stage: int) -> None:
 
 def two_engines_in_one_process(stage: int) -> None:
     """No global state: two engines on one accelerator, and one loss through both."""
-    accelerator = windlass.open_accelerator("cpu")
+    accelerator = windlass.open_accelerator()
     config = config_of(stage, 1, windlass_ranks(), ROWS)
     plain = [build("Network", seed) for seed in (0, 1)]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=WEIGHT_DECAY) for m in plain]

@@ -133,6 +133,11 @@ class CpuCollectives(CheckedCollectives):
         if isinstance(transport, SharedTransport):
             transport.release(region)
 
+    def finish(self) -> None:
+        """Return when every collective that this rank has entered is over, as if each had been waited for."""
+        for transport in self._transports.values():
+            transport.finish()
+
     def close(self) -> None:
         if self._closed:
             return

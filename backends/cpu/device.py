@@ -53,7 +53,7 @@ def open_cpu(index: int = 0, *, transport: TransportChoice = "auto") -> CpuAccel
             "cpu:0",
             torch.device("cpu"),
             CpuMemory(counters, collectives),
-            CpuStreams(),
+            CpuStreams(collectives.finish),
             collectives,
             kernels,
             Capabilities(

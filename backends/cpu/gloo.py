@@ -7,6 +7,7 @@ call, one message per pair; a rank whose message does not come is the one to nam
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NoReturn
@@ -79,6 +80,7 @@ class GlooTransport(Transport):
         self._timeout_seconds = timeout_seconds
         self._near = tuple(near)
         self._before_waiting = before_waiting
+        self._started: weakref.WeakSet[GlooWork] = weakref.WeakSet()
         self._me = group.ranks[group.rank]
         self._order = [group.ranks.index(rank) for rank in sorted(group.ranks)]  # torch sorts the ranks of a group
         self._sorted = self._order == sorted(self._order)
@@ -137,6 +139,10 @@ class GlooTransport(Transport):
             call, lambda: (dist.broadcast(data, sender, group=self._process_group, async_op=True), lambda: None)
         )
 
+    def finish(self) -> None:
+        for work in list(self._started):
+            work.wait()
+
     def barrier(self, call: Call) -> None:
         self._agree(call)
 
@@ -183,7 +189,9 @@ class GlooTransport(Transport):
             deliver()
             finish()
 
-        return GlooWork(handle, self._before_waiting, complete, explain)
+        work = GlooWork(handle, self._before_waiting, complete, explain)
+        self._started.add(work)
+        return work
 
     def _agree(self, call: Call, splits: Sequence[int] = ()) -> list[list[int]]:
         """Meet in a call: return everybody's `splits`, or raise on every rank if the calls differ."""

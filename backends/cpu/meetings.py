@@ -76,6 +76,7 @@ class Meetings:
         self._outstanding: deque[Operation] = deque()
         self._entered = 0
         self._completed = 0
+        self._last: Call | None = None
         self._closed = False
         board.waiters.append(self)
 
@@ -106,6 +107,7 @@ class Meetings:
         self._own.arrive(number)
         self._entered = number
         self._outstanding.append(Operation(number, call, move))
+        self._last = call
         return MeetingWork(self, number, call, until_read=place.where in (REGION, STAGING))
 
     def advance(self) -> None:
@@ -140,11 +142,15 @@ class Meetings:
         work.wait()
         self._wait_until_done(work.number, work.call)
 
-    def finish_entered(self) -> None:
-        """Wait for every call that was entered."""
-        if self._outstanding and not self._closed and not self._board.failed:
+    def finish_entered(self, *, until_read: bool = False) -> None:
+        """Wait for every call that was entered, and, where `until_read`, for all ranks to have completed it."""
+        if self._closed or self._board.failed:
+            return
+        if self._outstanding:
             last = self._outstanding[-1]
             self.finish(last.number, last.call, False)
+        if until_read and self._last is not None:
+            self._wait_until_done(self._entered, self._last)
 
     def is_finished(self, number: int, until_read: bool) -> bool:
         if not self._closed:

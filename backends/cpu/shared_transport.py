@@ -153,6 +153,9 @@ class SharedTransport(Transport):
         self._meetings.finish_entered()
         self._board.regions.remove(region)
 
+    def finish(self) -> None:
+        self._meetings.finish_entered(until_read=True)
+
     def close(self) -> None:
         self._meetings.close()
 

@@ -131,6 +131,10 @@ class Transport(ABC):
     @abstractmethod
     def barrier(self, call: Call) -> None: ...
 
+    def finish(self) -> None:
+        """Wait for every call that was entered."""
+        return None
+
     def close(self) -> None:
         """Leave the group without waiting for anybody."""
         return None
