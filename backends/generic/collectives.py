@@ -18,11 +18,12 @@ from windlass.accelerator.counters import Counters
 from windlass.accelerator.environment import Environment
 from windlass.accelerator.errors import BackendUnusable, CollectiveMismatch
 from windlass.accelerator.interface import Collectives, Group, ReduceOp, Work
-from windlass.backends.cpu.arguments import check_op, check_overlap, overlap
+from windlass.backends.cpu.arguments import check_op
 from windlass.backends.cpu.gloo import GlooTransport
 from windlass.backends.cpu.peers import Peer, describe_self, read_peer
 from windlass.backends.cpu.process_group import join
 from windlass.backends.cpu.transport import Call, check_dtype
+from windlass.backends.generic.overlaps import check_overlap, overlap
 from windlass.backends.generic.process_groups import Agreement, ProcessGroupTransport
 from windlass.backends.generic.streams import DeviceLanes, OneLane
 

@@ -131,11 +131,13 @@ class DeviceMemory(Memory):
             )
         if after is not None:
             after.wait()
+        places = self._place_of(source), self._place_of(destination)
+        if self._lanes is not None and places == (Place.HOST, Place.HOST):
+            self._lanes.record().block()  # this copy is the host's, which no stream keeps in order
         # From or to memory that is not page-locked a device copies while the host waits, or reads what is gone by then.
         asynchronous = self._lanes is not None and self._is_reachable(destination) and self._is_reachable(source)
         destination.detach().copy_(source.detach(), non_blocking=asynchronous)
-        kind = _COPY_KINDS.get((self._place_of(source), self._place_of(destination)), "device")
-        self._counters.count_copy(kind, tag, source.nbytes)
+        self._counters.count_copy(_COPY_KINDS.get(places, "device"), tag, source.nbytes)
         return self._lanes.record() if self._lanes is not None else DoneWork()
 
     def stats(self, place: Place = Place.DEVICE) -> MemoryStats:

@@ -56,7 +56,7 @@ class DeviceLanes(Streams):
         with self._module.stream(self._streams[name]):
             yield
 
-    def record(self) -> Event:
+    def record(self) -> DeviceEvent:
         return DeviceEvent(self._module, self.current)
 
     def synchronize(self) -> None:

@@ -22,6 +22,7 @@ class Clock:
         self._machine = machine
         self._now = dict.fromkeys(lanes, 0.0)
         self._busy = dict.fromkeys(lanes, 0.0)  # until when the lane's works take
+        self._link = 0.0  # until when copies both ways, taken together, keep the link busy
 
     # -- what things cost, in seconds ----------------------------------------------------------------------------
 
@@ -53,6 +54,11 @@ class Clock:
         }
         return nbytes / min(rates[source, destination])
 
+    def link_seconds(self, source: Place, destination: Place, nbytes: int) -> float:
+        """How long a copy keeps the link from others in either direction; nothing if it does not cross it."""
+        crosses = (source is Place.DEVICE) != (destination is Place.DEVICE)
+        return nbytes / self._machine.link_both_bytes_per_s if crosses else 0.0
+
     def network_seconds(self, received: int) -> float:
         """A collective that brings `received` bytes from other ranks."""
         return received / self._machine.network_bytes_per_s + self._machine.network_latency_s
@@ -71,10 +77,15 @@ class Clock:
         """An operation of the lane has taken `seconds`."""
         self._now[lane] += seconds
 
-    def issue(self, lane: str, seconds: float, not_before: float = 0.0) -> float:
-        """The end of a work that takes `seconds` and is issued now."""
-        self._busy[lane] = max(self._now[lane], self._busy[lane], not_before) + seconds
-        return self._busy[lane]
+    def issue(self, lane: str, seconds: float, not_before: float = 0.0, link_seconds: float = 0.0) -> float:
+        """The end of a work that takes `seconds` and is issued now; longer where other copies are on the link."""
+        begin = max(self._now[lane], self._busy[lane], not_before)
+        end = begin + seconds
+        if link_seconds:
+            self._link = max(self._link, begin) + link_seconds
+            end = max(end, self._link)
+        self._busy[lane] = end
+        return end
 
     def reach(self, lane: str, time: float) -> None:
         """The lane has waited for something that ended at `time`."""

@@ -60,11 +60,13 @@ class Conductor:
         seconds: float,
         in_order: bool,
         after: Work | None = None,
+        link_seconds: float = 0.0,
     ) -> SimWork:
         """Let the lane's thread call `action` once everything is over that the lane has waited for, and `after`.
 
-        `what` names it in messages, `seconds` is what it takes on the simulated clock, `in_order` says that it may
-        not overtake others of the lane that say so. Outputs that are no inputs as well are poisoned when it begins.
+        `what` names it in messages, `seconds` is what it takes on the simulated clock, and `link_seconds` for how long
+        of it the link to the host is taken. `in_order` says that it may not overtake others of the lane that say so.
+        Outputs that are no inputs as well are poisoned when it begins.
         Raises OrderViolation for a race, and what made the lane fail before.
         """
         if self._closed:
@@ -87,7 +89,7 @@ class Conductor:
             outputs=outputs,
             inference=any(tensor.is_inference() for tensor in writes),
             in_order=in_order,
-            end=self.clock.issue(lane, seconds, not_before),
+            end=self.clock.issue(lane, seconds, not_before, link_seconds),
             sleep=self._settings.pace * seconds,
             delay=self._settings.delay_ms / 1000 * -math.log1p(-draw),  # exponentially distributed
             draw=draw,

@@ -19,7 +19,7 @@ from typing import Final
 
 from windlass.backends.sim.errors import OrderViolation
 
-_MOST_ACCESSES: Final = 512  # of one storage; beyond, those that every lane in use is ordered after are forgotten
+_MANY_ACCESSES: Final = 512  # of one storage; beyond, those that every lane is ordered after are forgotten
 _MOST_RECENT: Final = 50_000
 
 
@@ -72,6 +72,7 @@ class Tracked:
     accesses: list[Access] = field(default_factory=list)
     consumed: list[tuple[int, int, str]] = field(default_factory=list)  # [start, stop), by what
     gone: str = ""  # why nobody may touch it any more
+    thin_at: int = _MANY_ACCESSES  # with so many accesses it is worth looking for some to forget
 
     def shift(self, distance: int) -> None:
         """Its contents now lie so many bytes further on in their storage."""
@@ -217,16 +218,18 @@ class Ledger:
             else:
                 kept += _cut(access, start, stop)
         kept.append(Access(actor.what, actor.lane, actor.number, actor.work, start, stop, touch.write))
-        touch.tracked.accesses = kept if len(kept) <= _MOST_ACCESSES else self._thin(kept)
+        if len(kept) > touch.tracked.thin_at:
+            kept = self._thin(kept)
+            touch.tracked.thin_at = max(_MANY_ACCESSES, 2 * len(kept))
+        touch.tracked.accesses = kept
         if touch.write and touch.dense and touch.tracked.consumed:
             touch.tracked.consumed = [
                 piece for one in touch.tracked.consumed for piece in _without(one, start, stop)
             ]  # fmt: skip
 
     def _thin(self, accesses: list[Access]) -> list[Access]:
-        used = [self.past(lane) for index, lane in enumerate(self._lanes) if any(self._reached[index])]
-        kept = [access for access in accesses if not all(_is_ordered(access, past) for past in used)]
-        return kept[-_MOST_ACCESSES // 2 :]
+        pasts = [self.past(lane) for lane in self._lanes]  # a lane that nobody has used yet may be, and races then
+        return [access for access in accesses if not all(_is_ordered(access, past) for past in pasts)]
 
     # -- messages ------------------------------------------------------------------------------------------------
 

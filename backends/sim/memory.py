@@ -133,6 +133,7 @@ class SimMemory(Memory):
             writes=(target,),
             what=f"copy {tag!r}",
             seconds=self._conductor.clock.copy_seconds(*places, nbytes),
+            link_seconds=self._conductor.clock.link_seconds(*places, nbytes),
             in_order=False,
             after=after,
         )

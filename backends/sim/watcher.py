@@ -30,12 +30,12 @@ _INSIDE: Final = ("torch", "windlass.backends")  # whose frames only carry out w
 # Operations that touch no memory although their schema says that they make or write a tensor.
 _NO_ACCESS: Final = frozenset((
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream",
-    "set_", "resize_",
+    "set_",
 ))  # fmt: skip
 # In-place operations that do not read what they write, besides `out=`.
 _OVERWRITING: Final = frozenset((
     "copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_", "log_normal_",
-    "cauchy_", "geometric_", "eye_", "_foreach_copy_", "_foreach_zero_",
+    "cauchy_", "geometric_", "eye_", "_foreach_copy_", "_foreach_zero_", "resize_",
 ))  # fmt: skip
 # Operations whose result, or its shape, the host has to know.
 _HOST_READS: Final = frozenset((
@@ -53,6 +53,7 @@ class _Facts:
     view: bool
     may_copy: bool  # a view, or else a copy
     host_read: bool
+    indexes: bool  # by tensors: with a mask among them the host has to count
     written: frozenset[int | str]  # arguments, by position and by name
     overwritten: frozenset[int | str]  # those of them that are not read
     flops: Callable[..., Any] | None
@@ -95,7 +96,7 @@ class Watcher(TorchDispatchMode):
                 self._enter(func, reads, (), ())
                 self._leave(func, facts, reads, result, args, named)
             return result
-        if facts.host_read or (func is torch.ops.aten.index.Tensor and _has_mask(args)):
+        if facts.host_read or (facts.indexes and _has_mask(args)):
             _require_may_read(func)
         self._enter(func, reads, updates, writes)
         result = func(*args, **named)
@@ -183,10 +184,12 @@ def _describe(func: OpOverload) -> _Facts:
         written |= {3, 4, "running_mean", "running_var"}
     view = not written and any(one.alias_info is not None for one in schema.returns)
     facts = _Facts(
-        no_access=name in _NO_ACCESS or torch.Tag.inplace_view in func.tags,
+        # resize_ counts as a view, and gives up the memory that a work may be using.
+        no_access=name in _NO_ACCESS or (torch.Tag.inplace_view in func.tags and name != "resize_"),
         view=view,
         may_copy=view and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
         host_read=name in _HOST_READS or (name == "where" and len(schema.arguments) == 1),
+        indexes=name in ("index", "index_put", "index_put_", "_index_put_impl_"),
         written=frozenset(written),
         overwritten=frozenset(overwritten),
         flops=flop_registry.get(func.overloadpacket),
@@ -218,7 +221,7 @@ def _collect(value: Any, into: list[Tensor]) -> None:
 
 def _has_mask(args: Sequence[Any]) -> bool:
     found: list[Tensor] = []
-    _collect(args[1:], found)
+    _collect(args[1:2], found)
     return any(one.dtype in (torch.bool, torch.uint8) for one in found)
 
 

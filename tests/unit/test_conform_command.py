@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_the_callers_settings_of_pytest_do_not_disturb(suite: ToySuite, monkeypa
     suite.write("test_l0_one.py", ONE.format(body="pass"))
     (suite.folder / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\npython_files = none_*.py\n")
     (suite.folder / "pytest.py").write_text("raise RuntimeError('not this one')\n")
+    (suite.folder / "conftest.py").write_text("raise RuntimeError('nor this one')\n")
     monkeypatch.chdir(suite.folder)
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.setenv("PYTEST_PLUGINS", "no_such_plugin")
@@ -140,6 +142,7 @@ def test_the_report_is_written_as_json_and_as_a_page(suite: ToySuite) -> None:
         (["--level", "1"], "Missing option '--accelerator'."),
         (["--accelerator", "no_such"], "no backend named 'no_such' is installed"),
         (["--accelerator", "cpu", "--report", "file/report"], "--report file/report cannot be made a folder"),
+        (["--accelerator", "cpu", "-k", "a b"], "Wrong expression passed to '-k': a b:"),
         (["--accelerator", "cpu", "--expected-failures", "none.toml"], "none.toml cannot be read as expected failures"),
     ],
 )
@@ -149,6 +152,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"windlass: {sentence}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # whoever runs this may write anywhere
+    with pytest.raises(ValueError, match=r"^--report .* cannot be written to: Permission denied$"):
+        check_conform(ConformOptions("cpu", 0, report=tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -66,6 +66,8 @@ def test_what_is_not_declared_is_probed_and_cannot_fail(suite: ToySuite) -> None
     assert outcome.report["under_declared"] == ["dtypes:bfloat16", "float64"]
     assert outcome.message(CORE + "test_views") == "RuntimeError: no views here"
     assert outcome.report["level"] == 0
+    said = "Level 0 is reached. That holds for 2 ranks: 1 test needs more devices than this machine has."
+    assert said in outcome.output
 
 
 def test_what_is_declared_and_fails_fails(suite: ToySuite) -> None:

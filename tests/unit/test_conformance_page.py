@@ -137,6 +137,13 @@ def test_a_passing_report_says_what_was_reached(passing: dict[str, Any], tmp_pat
     assert "Expected failures" not in page.text
 
 
+def test_tests_without_hardware_limit_the_verdict(passing: dict[str, Any], tmp_path: Path) -> None:
+    passing["most_ranks"] = 1
+    passing["levels"][1]["counts"]["no hardware"] = 7
+    page = draw(passing, tmp_path)
+    assert "That holds for 1 rank: 7 tests need more devices than this machine has." in page.text
+
+
 def test_a_failing_report_shows_failures_open_before_all_tests(failing: dict[str, Any], tmp_path: Path) -> None:
     page = draw(failing, tmp_path)
     for words in (

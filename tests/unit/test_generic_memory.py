@@ -142,6 +142,18 @@ def test_copies_are_points_of_the_lane_that_issued_them(
     assert (counters.copies["up", "weights"].calls, counters.copies["up", "weights"].bytes) == (1, 16)
 
 
+def test_a_copy_on_the_host_waits_for_what_the_lane_waits_for(
+    memory: DeviceMemory, lanes: DeviceLanes, module: RecordedModule
+) -> None:
+    device = memory.empty((3,), FLOAT)
+    arrived, kept = (memory.empty((3,), FLOAT, Place.HOST) for _ in range(2))
+    with lanes.lane("down"):
+        down = memory.copy(arrived, device)
+    module.log.clear()
+    memory.copy(kept, arrived, after=down)
+    assert module.log == ["s0 waits for e0", "e1 on s0", "host waits for e1", "e2 on s0"]
+
+
 def test_the_module_tells_what_is_reserved_and_there(memory: DeviceMemory) -> None:
     stats = memory.stats()
     assert (stats.reserved, stats.capacity) == (Measure("exact", 2**20), Measure("exact", 2**30))

@@ -313,6 +313,21 @@ def test_what_is_not_waited_for_overlaps() -> None:
         assert {clock.now(lane) for lane in ("compute", "gather", "reduce", "up", "down")} == {9.5}
 
 
+@pytest.mark.parametrize(("both", "end"), [(2.0**7, 32.0), (2.0**9, 16.0)])
+def test_copies_both_ways_share_the_link(both: float, end: float) -> None:
+    with open_parts(round_machine(link_both_bytes_per_s=both)) as parts:
+        device = [parts.memory.empty((512,), torch.float32) for _ in range(2)]
+        host = [parts.memory.empty((512,), torch.float32, Place.HOST) for _ in range(2)]
+        with parts.streams.lane("up"):
+            parts.memory.copy(device[0], host[0])  # 8 seconds alone, and the other 16
+        with parts.streams.lane("down"):
+            parts.memory.copy(host[1], device[1])
+        assert parts.conductor.clock.latest() == end
+        with parts.streams.lane("gather"):
+            parts.collective(seconds=1.0)  # takes no part in it
+        assert parts.conductor.clock.latest() == end
+
+
 def test_torch_operations_cost_bytes_or_products() -> None:
     with open_parts(round_machine()) as parts:
         clock = parts.conductor.clock

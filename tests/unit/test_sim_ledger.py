@@ -210,11 +210,29 @@ def test_a_chain_of_works_does_not_grow(program: Program) -> None:
         assert len(past.works) <= 4
 
 
-def test_ever_new_ranges_stay_bounded(program: Program) -> None:
+def test_ever_new_ranges_are_forgotten_once_every_lane_is_ordered_after_them(program: Program) -> None:
     for step in range(1500):
         program.operate("compute", 3 * step, 3 * step + 2, write=True)
-    assert len(program.storage.accesses) <= 512
+        if step % 100 == 0:
+            for lane in LANES[1:]:
+                program.ledger.join(lane, program.ledger.past("compute"))
+    assert len(program.storage.accesses) <= 512 + 200
     program.issue("compute", 0, 4500, write=False)
+
+
+@pytest.mark.parametrize("piece", [0, 700, 1499])
+def test_no_race_is_forgotten_among_many_pieces(program: Program, piece: int) -> None:
+    for step in range(1500):
+        program.operate("compute", 3 * step, 3 * step + 2, write=True)
+    with pytest.raises(OrderViolation, match=rf"bytes {3 * piece} to {3 * piece + 2} "):
+        program.issue("gather", 3 * piece, 3 * piece + 2, write=False)
+
+
+def test_no_work_is_forgotten_among_many(program: Program) -> None:
+    for step in range(1500):
+        program.issue("reduce", 3 * step, 3 * step + 2, write=True)
+    with pytest.raises(OrderViolation, match="bytes 0 to 2 "):
+        program.operate("compute", 0, 2, write=False)
 
 
 class Graph:

@@ -77,6 +77,7 @@ def test_an_input_may_be_written_after_the_wait_and_not_before(parts: Parts, mak
         lambda: torch._foreach_add_([torch.ones(1), source], 1.0),
         lambda: source[1:].copy_(torch.ones(3)),
         lambda: source.__setitem__(0, 5.0),
+        lambda: source.resize_(1000),  # elsewhere, perhaps, and what is read here is given up
     ]
     for write in writes:
         with pytest.raises(OrderViolation, match="which all_gather 'weights' on lane gather reads, and nothing orders"):
@@ -284,6 +285,7 @@ READS: list[Callable[[Tensor], object]] = [
     lambda tensor: tensor.nonzero(),
     lambda tensor: torch.allclose(tensor, tensor),
     lambda tensor: tensor[tensor > 0],
+    lambda tensor: tensor.index_put_((tensor > 0,), torch.ones(3)),
     lambda tensor: tensor.unique(),
     lambda tensor: torch.where(tensor > 0),
 ]

@@ -50,7 +50,12 @@ def allocated(
 
 
 def used(accelerator: Accelerator, place: Place = Place.DEVICE) -> int:
-    """Bytes allocated in a place now, which the facet that allocated them knows exactly."""
+    """Bytes allocated in a place now, which the facet that allocated them knows exactly.
+
+    Memory of another place may count until the device, which might still be copying from it, is done.
+    """
+    if place is not Place.DEVICE:
+        accelerator.streams.synchronize()
     measure = accelerator.memory.stats(place).used
     assert measure.kind == "exact", f"'used' of the {place.value} must be exact, got {measure}"
     assert measure.value is not None

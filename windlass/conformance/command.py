@@ -66,6 +66,10 @@ def check_conform(options: ConformOptions) -> None:
             options.report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--report {options.report} cannot be made a folder: {error.strerror}") from error
+        try:  # now, and not when the tests have run
+            tempfile.TemporaryFile(dir=options.report).close()
+        except OSError as error:
+            raise ValueError(f"--report {options.report} cannot be written to: {error.strerror}") from error
 
 
 def run_suite(options: ConformOptions, display: Display | None = None) -> tuple[dict[str, Any], int]:
@@ -130,7 +134,7 @@ def _run_pytest(
 def _arguments(options: ConformOptions, result: Path, settings: Path) -> list[str]:
     # -P: nothing in the current folder can stand in for a module of the same name.
     command = [sys.executable, "-P", "-m", "pytest", "-c", str(settings), f"--rootdir={Path(__file__).parent}"]
-    command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-q"]
+    command += ["--import-mode=importlib", "--noconftest", "-p", "no:cacheprovider", "-q"]  # nor a caller's conftest.py
     command += ["-p", "pytest_timeout", "-p", "windlass.conformance.plugin"]
     command += [f"--accelerator={options.accelerator}", f"--level={options.level}"]
     command += [f"--report-json={result}"]

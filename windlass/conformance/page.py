@@ -11,6 +11,7 @@ from typing import Any, Final
 from windlass.conformance.page_tables import capability_section, kernel_section, rate_section
 from windlass.conformance.page_tests import FAILURES, expected_section, failure_section, test_section
 from windlass.conformance.page_text import counted, escape, fact, mark, section, sentence_of
+from windlass.conformance.results import limits
 
 _LEVEL_TONES: Final = {
     "reached": "good",
@@ -77,7 +78,8 @@ def _verdict(report: Mapping[str, Any]) -> tuple[str, str, str]:
         return "bad", headline, f"Level {first['level']} ({titles[first['level']]}) is not: {_outcome(first)}."
     if level is None:
         return "bad", headline, "Nothing was run."
-    return "good", headline, f"Every test that applies passed, up to the level that was asked for ({asked})."
+    reason = f"Every test that applies passed, up to the level that was asked for ({asked})."
+    return "good", headline, " ".join(filter(None, (reason, limits(report))))
 
 
 def _outcome(level: Mapping[str, Any]) -> str:

@@ -181,7 +181,18 @@ def conclusion(report: Mapping[str, Any]) -> str:
         return "No level is reached."
     without_claim = ("not asked for", "no tests yet", "measured")
     missed = [one["level"] for one in report["levels"] if one["state"] not in ("reached", *without_claim)]
-    return f"Level {level} is reached, level {missed[0]} is not." if missed else f"Level {level} is reached."
+    sentence = f"Level {level} is reached, level {missed[0]} is not." if missed else f"Level {level} is reached."
+    return " ".join(filter(None, (sentence, limits(report))))
+
+
+def limits(report: Mapping[str, Any]) -> str:
+    """What the levels that are reached do not cover on this machine, in one sentence; empty if they cover all."""
+    absent = sum(one["counts"].get("no hardware", 0) for one in report["levels"] if one["state"] == "reached")
+    if not absent:
+        return ""
+    ranks = report["most_ranks"]
+    tests = "1 test needs" if absent == 1 else f"{absent} tests need"
+    return f"That holds for {ranks} rank{'s' * (ranks != 1)}: {tests} more devices than this machine has."
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:

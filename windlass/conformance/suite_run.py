@@ -99,7 +99,10 @@ class SuiteRun:
         except (ValueError, pytest.UsageError) as error:
             self._fail_to_start("usage", error)
         self._tests = {test.id: test for test in tests}
-        yield  # -k, -m and --deselect take tests away
+        try:
+            yield  # -k, -m and --deselect take tests away
+        except pytest.UsageError as error:  # of an expression that cannot be read
+            self._fail_to_start("usage", error)
         self._selection = _selection(config)
         selected = set(items)
         self._choose(tests, selected, items)
@@ -198,12 +201,12 @@ class SuiteRun:
             rates=self.measurements.rates(),
             expected_failures=[entry.to_json() for entry in self._expected.values()],
         )
-        folder: Path | None = self.config.getoption("report")
-        if folder is not None:
-            write_report(self._report, folder)
         file: Path | None = self.config.getoption("report_json")
         if file is not None:
             write_json(self._report, file)
+        folder: Path | None = self.config.getoption("report")
+        if folder is not None:
+            write_report(self._report, folder)
         interrupted = session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
         if not interrupted:
             session.exitstatus = pytest.ExitCode.OK if succeeded(self._report) else pytest.ExitCode.TESTS_FAILED
