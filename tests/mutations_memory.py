@@ -12,6 +12,7 @@ from mutations import mutation
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.interface import Measure, MemoryStats, Place, Work
 from windlass.backends.cpu import device, memory
+from windlass.backends.cpu.accounts import Account
 from windlass.backends.cpu.device import CpuAccelerator
 from windlass.backends.cpu.memory import CpuMemory
 
@@ -34,7 +35,7 @@ def tags_forgotten(empty: Any, *args: Any, tag: str = "", **options: Any) -> Any
     return empty(*args, **options)
 
 
-@mutation("cpu", memory._Account, "add", "`used` is rounded up to a power of two", "test_l0_statistics.py::test_used")
+@mutation("cpu", Account, "add", "`used` is rounded up to a power of two", "test_l0_statistics.py::test_used")
 def used_rounded_to_power_of_two(add: Any, self: Any, tag: str, nbytes: int, reserved: int) -> None:
     rounded = 1 << (abs(nbytes) - 1).bit_length() if nbytes else 0
     add(self, tag, rounded if nbytes > 0 else -rounded, reserved)

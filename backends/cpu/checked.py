@@ -14,9 +14,9 @@ from windlass.backends.cpu.transport import Call, Transport
 
 
 class CheckedCollectives(Collectives):
-    """What a facet has in common whose tensors lie in the host's memory.
+    """What facets have in common that move bytes by transports.
 
-    A subclass enters each group's transport in `_transports` and says what the world is.
+    A subclass enters each group's transport in `_transports`, says what the world is, and where tensors must lie.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -26,7 +26,7 @@ class CheckedCollectives(Collectives):
 
     def all_gather(self, output: Tensor, input: Tensor, group: Group, *, tag: str = "") -> Work:
         transport = self._transport(group)
-        output, input = check_tensors("all_gather", tag, output, input)
+        output, input = self._check("all_gather", tag, output, input)
         if output.numel() != group.size * input.numel() or output.dtype != input.dtype:
             raise ValueError(
                 f"all_gather {tag!r} needs an output of {group.size} x {input.numel()} elements of {input.dtype}, got "
@@ -40,7 +40,7 @@ class CheckedCollectives(Collectives):
         self, output: Tensor, input: Tensor, group: Group, *, op: ReduceOp = "sum", tag: str = ""
     ) -> Work:
         transport = self._transport(group)
-        output, input = check_tensors("reduce_scatter", tag, output, input)
+        output, input = self._check("reduce_scatter", tag, output, input)
         check_op("reduce_scatter", tag, op)
         if input.numel() != group.size * output.numel():
             raise ValueError(
@@ -69,7 +69,7 @@ class CheckedCollectives(Collectives):
         tag: str = "",
     ) -> Work:
         transport = self._transport(group)
-        output, input = check_tensors("all_to_all", tag, output, input)
+        output, input = self._check("all_to_all", tag, output, input)
         for what, splits, tensor in (("output", output_splits, output), ("input", input_splits, input)):
             if len(splits) != group.size or min(splits) < 0 or sum(splits) != tensor.numel():
                 raise ValueError(
@@ -90,14 +90,14 @@ class CheckedCollectives(Collectives):
 
     def all_reduce(self, tensor: Tensor, group: Group, *, op: ReduceOp = "sum", tag: str = "") -> Work:
         transport = self._transport(group)
-        (tensor,) = check_tensors("all_reduce", tag, tensor)
+        (tensor,) = self._check("all_reduce", tag, tensor)
         check_op("all_reduce", tag, op)
         self._counters.count_collective("all_reduce", tag, (group.size - 1) * tensor.nbytes)
         return transport.all_reduce(tensor, op, Call("all_reduce", tag, tensor.nbytes, tensor.dtype, op=op))
 
     def broadcast(self, tensor: Tensor, source: int, group: Group, *, tag: str = "") -> Work:
         transport = self._transport(group)
-        (tensor,) = check_tensors("broadcast", tag, tensor)
+        (tensor,) = self._check("broadcast", tag, tensor)
         if not 0 <= source < group.size:
             raise ValueError(f"broadcast {tag!r} needs a source from 0 to {group.size - 1}, got {source}")
         self._counters.count_collective("broadcast", tag, 0 if source == group.rank else tensor.nbytes)
@@ -105,6 +105,10 @@ class CheckedCollectives(Collectives):
 
     def barrier(self, group: Group) -> None:
         self._transport(group).barrier(Call("barrier", "", 0, torch.uint8))
+
+    def _check(self, kind: str, tag: str, *tensors: Tensor) -> list[Tensor]:
+        """The tensors as plain memory; ValueError unless they are flat and lie on the device, here the host."""
+        return check_tensors(kind, tag, *tensors)
 
     def _transport(self, group: Group) -> Transport:
         transport = self._transports.get((group.name, group.ranks))

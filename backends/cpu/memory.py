@@ -6,9 +6,8 @@ The device is the host, so Place.HOST is the same memory under an account of its
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
 from windlass.accelerator.interface import DoneWork, Group, Measure, Memory, MemoryStats, Place, Work
+from windlass.backends.cpu.accounts import Account
 from windlass.backends.cpu.regions import Region
 from windlass.backends.cpu.shared_pages import map_pages, round_to_pages
 
@@ -54,25 +54,6 @@ class _Allocation:
     give_back: Callable[[], None]
 
 
-@dataclass
-class _Account:
-    """One place's books, in bytes."""
-
-    used: int = 0
-    reserved: int = 0
-    peak: int = 0
-    budget: int | None = None
-    by_tag: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, tag: str, nbytes: int, reserved: int) -> None:
-        self.used += nbytes
-        self.reserved += reserved
-        self.peak = max(self.peak, self.used)
-        self.by_tag[tag] += nbytes
-        if self.by_tag[tag] == 0:
-            del self.by_tag[tag]
-
-
 class CpuMemory(Memory):
     """Allocations of one rank. Other ranks on the host draw on the same capacity, which nobody divides."""
 
@@ -80,7 +61,7 @@ class CpuMemory(Memory):
         self._counters = counters
         self._shared = shared
         self._name = name
-        self._accounts = {Place.DEVICE: _Account(), Place.HOST: _Account()}
+        self._accounts = {Place.DEVICE: Account(), Place.HOST: Account()}
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
         self._capacity = read_capacity()
 
@@ -167,19 +148,19 @@ class CpuMemory(Memory):
         allocation = self._allocations.get(tensor.untyped_storage().data_ptr())
         return Place.DEVICE if allocation is None else allocation.place
 
-    def _account(self, place: Place) -> _Account:
+    def _account(self, place: Place) -> Account:
         if place not in self._accounts:
             raise Unsupported(f"{self._name} offers no place {place.value!r}; use Place.HOST, or files of your own")
         return self._accounts[place]
 
-    def _fits(self, account: _Account, nbytes: int) -> bool:
+    def _fits(self, account: Account, nbytes: int) -> bool:
         """Whether budget and machine leave room. The places are one memory with two accounts."""
         if account.budget is not None and account.used + nbytes > account.budget:
             return False
         used = sum(one.used for one in self._accounts.values())
         return self._capacity is None or used + nbytes <= self._capacity
 
-    def _describe(self, account: _Account, place: Place, nbytes: int, tag: str) -> str:
+    def _describe(self, account: Account, place: Place, nbytes: int, tag: str) -> str:
         where = self._name if place is Place.DEVICE else f"the host memory of {self._name}"
         text = f"{where} cannot hold {format_bytes(nbytes)} for {tag!r}"
         if account.budget is not None and account.used + nbytes > account.budget:

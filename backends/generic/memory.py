@@ -19,8 +19,8 @@ from torch import Tensor
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
 from windlass.accelerator.interface import DoneWork, Group, Measure, Memory, MemoryStats, Place, Streams, Work
+from windlass.backends.cpu.accounts import Account
 from windlass.backends.cpu.memory import format_bytes
-from windlass.backends.generic.books import Account
 from windlass.backends.generic.host_memory import ALIGNMENT, HostAllocator, align
 from windlass.backends.generic.streams import DeviceEvent, DeviceLanes
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from windlass.accelerator.errors import CollectiveTimeout, PeerLost
 from windlass.accelerator.interface import DoneWork, Group, ReduceOp, Work
+from windlass.backends.cpu.arguments import overlap
 from windlass.backends.cpu.gloo import GlooTransport, GlooWork
 from windlass.backends.cpu.peers import Peer
 from windlass.backends.cpu.transport import Call, Transport, check_splits, parts
-from windlass.backends.generic.overlaps import overlap
 from windlass.backends.generic.streams import DeviceLanes, OneLane
 
 Agreement = Literal["always", "first use"]

@@ -1,21 +1,17 @@
-"""The books of one tier of memory, in bytes."""
+"""The books of one tier of memory, whose size is known."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
+
+from windlass.backends.cpu.accounts import Account
 
 
 @dataclass
-class Account:
-    """What is allocated, and how much may be."""
+class Tier(Account):
+    """What is allocated, and how much may be: bytes, as in `Account`."""
 
-    capacity: int
-    used: int = 0
-    reserved: int = 0
-    peak: int = 0
-    budget: int | None = None
-    by_tag: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    capacity: int = field(kw_only=True)
 
     @property
     def limit(self) -> int:
@@ -24,11 +20,3 @@ class Account:
     @property
     def free(self) -> int:
         return self.limit - self.used
-
-    def add(self, tag: str, nbytes: int, reserved: int) -> None:
-        self.used += nbytes
-        self.reserved += reserved
-        self.peak = max(self.peak, self.used)
-        self.by_tag[tag] += nbytes
-        if self.by_tag[tag] == 0:
-            del self.by_tag[tag]

@@ -17,7 +17,7 @@ from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
 from windlass.accelerator.interface import Group, Measure, Memory, MemoryStats, Place, Work
 from windlass.backends.cpu.memory import ALIGNMENT, format_bytes
-from windlass.backends.sim.accounts import Account
+from windlass.backends.sim.accounts import Tier
 from windlass.backends.sim.conductor import COMPUTE, Conductor
 from windlass.backends.sim.storages import address_of, poison
 from windlass.backends.sim.watcher import unwatched
@@ -65,9 +65,9 @@ class SimMemory(Memory):
         self._conductor = conductor
         self._name = name
         self._accounts = {
-            Place.DEVICE: Account(machine.device_memory_bytes),
-            Place.HOST: Account(machine.host_memory_bytes),
-            Place.DISK: Account(machine.disk_bytes),
+            Place.DEVICE: Tier(capacity=machine.device_memory_bytes),
+            Place.HOST: Tier(capacity=machine.host_memory_bytes),
+            Place.DISK: Tier(capacity=machine.disk_bytes),
         }
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
         if not settings.views:

@@ -68,30 +68,28 @@ def train_grid(
             ranks = windlass_ranks()
             config = config_of(stage, accumulation, ranks)
             with windlass.initialize(build(model), config, accelerator=accelerator) as engine:
-                norms = train_engine(engine, steps - 1, plain=plain)
-                counters, memory = engine.accelerator.counters, engine.accelerator.memory
-                counters.reset()
-                memory.reset_peak()
-                norms += train_engine(engine, 1, first=steps - 1, plain=plain)
-                measured = {key: (one.calls, one.bytes) for key, one in counters.collectives.items()}
-                reads = counters.host_reads
-                by_tag = memory.stats().by_tag
-                used = memory.stats().used.value
-                residency = engine.executor.residency
-                results[stage, accumulation] = {
-                    "state": engine.full_state_dict(),
-                    "norms": norms,
-                    "measured": measured,
-                    "predicted": engine.plan.prediction.step(accumulation),
-                    "host_reads": reads,
-                    "by_tag": by_tag,
-                    "used": used,
-                    "persistent": dict(engine.plan.prediction.persistent),
-                    "extra_slots": 0 if residency is None else residency.extra_slots,
-                }
+                results[stage, accumulation] = train_and_count(engine, steps, plain)
             assert accelerator.memory.stats().used.value == 0
     accelerator.close()
     return results
+
+
+def train_and_count(engine: windlass.Engine, steps: int, plain: bool = False) -> dict[str, Any]:
+    """Train; the weights and norms it came to, and what its last step left in the books beside what was planned."""
+    counters, prediction, residency = engine.accelerator.counters, engine.plan.prediction, engine.executor.residency
+    norms = train_engine(engine, steps - 1, plain=plain)
+    counters.reset()
+    norms += train_engine(engine, 1, first=steps - 1, plain=plain)
+    return {
+        "norms": norms,
+        "measured": {key: (tally.calls, tally.bytes) for key, tally in counters.collectives.items()},
+        "predicted": prediction.step(engine.config.gradient_accumulation_steps),
+        "host_reads": counters.host_reads,
+        "by_tag": engine.accelerator.memory.stats().by_tag,
+        "persistent": dict(prediction.persistent),
+        "extra_slots": 0 if residency is None else residency.extra_slots,
+        "state": engine.full_state_dict(),
+    }
 
 
 def windlass_ranks() -> int:

@@ -20,6 +20,7 @@ from windlass.conformance.training import (
     config_of,
     distance,
     my_part,
+    train_and_count,
     train_engine,
     train_oracle,
     windlass_ranks,
@@ -52,26 +53,10 @@ def train_cells(
         for stage in stages:
             for accumulation in accumulations:
                 with start(stage, model, accumulation, accelerator, **(more or {})) as engine:
-                    result = _train_and_count(engine, steps)
+                    result = train_and_count(engine, steps)
                 result["left"] = accelerator.memory.stats().used.value
                 results[stage, accumulation] = result
     return results
-
-
-def _train_and_count(engine: windlass.Engine, steps: int) -> dict[str, Any]:
-    counters, prediction = engine.accelerator.counters, engine.plan.prediction
-    norms = train_engine(engine, steps - 1)
-    counters.reset()
-    norms += train_engine(engine, 1, first=steps - 1)
-    return {
-        "norms": norms,
-        "collectives": {key: (tally.calls, tally.bytes) for key, tally in counters.collectives.items()},
-        "predicted": prediction.step(engine.config.gradient_accumulation_steps),
-        "host_reads": counters.host_reads,
-        "by_tag": engine.accelerator.memory.stats().by_tag,
-        "persistent": dict(prediction.persistent),
-        "state": engine.full_state_dict(),
-    }
 
 
 def clip_and_compare(stage: int, limit: float, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Overlaps as the generic base finds them, with addresses and without."""
+"""Overlaps of arguments, on devices that tell addresses and on those that hide them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from windlass.accelerator.interface import Group
-from windlass.backends.generic.overlaps import check_overlap, overlap
+from windlass.backends.cpu.arguments import check_overlap, overlap
 
 HIDDEN = "meta"  # its storages have no address, like those of a lazy device
 PAIR = Group("pair", (0, 1), 1)
