@@ -14,6 +14,16 @@ class Tally:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class ProgramCounts:
+    """What a device that compiles whole programs has done since it was opened, on this rank."""
+
+    compiled: int = 0
+    """Distinct programs, each of them compiled once. A Python number that changes makes another program."""
+    executed: int = 0
+    """Programs run: one for every cut of the graph, which a boundary or a host read within a step makes."""
+
+
 def _tallies() -> defaultdict[tuple[str, str], Tally]:
     return defaultdict(Tally)
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from windlass.accelerator.counters import Counters
+from windlass.accelerator.counters import Counters, ProgramCounts
 from windlass.accelerator.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ class Streams:
         return None
 
     def boundary(self) -> None:
-        """End of an optimizer step, always called by the core; lazy backends flush here."""
+        """End of an optimizer step, always called by the core, and once before the first step. Lazy backends begin
+        here to run what they have deferred, as one program, without waiting for it."""
         return None
 
 
@@ -273,7 +274,8 @@ class Capabilities:
     ordered_reduction: bool = False
     """Reductions add in rank order."""
     uniform_program: bool = False
-    """Every rank must run the same program: no rank-dependent shapes or constants."""
+    """Every rank must run the same program: no rank-dependent shapes or constants. The core then asks nothing of the
+    host before an update, so what was touched must be the same on every rank."""
     lazy: bool = False
     """Operations are deferred and compiled; host reads and new shapes are expensive."""
     host_place: bool = False
@@ -361,6 +363,10 @@ class Accelerator(ABC):
         simulated seconds."""
         self.streams.synchronize()
         return time.perf_counter()
+
+    def program_counts(self) -> ProgramCounts:
+        """Programs compiled and run so far, on a device that is `lazy`; elsewhere `Unsupported`."""
+        raise Unsupported(f"{self.name} runs each operation as it comes and compiles no programs; ask a lazy device")
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A faster equivalent of a pure tensor function, or the function itself."""

@@ -74,7 +74,7 @@ def save_checkpoint(directory: Path, tag: str, state: ModelState, extra: dict[st
             _commit(final, partial, directory / LATEST, {
                 "format": list(FORMAT),
                 "plan": {"hash": state.plan.hash, "stage": state.plan.stage, "ranks": group.size},
-                "steps": state.steps,
+                "steps": dict(state.steps),
                 "rng": [one["rng"] for one in gathered],
                 "tensors": [entry for one in gathered for entry in one["entries"]],
                 **extra,
@@ -146,7 +146,8 @@ def _owned_parts(state: ModelState) -> Iterator[tuple[str, str, list[int], int, 
     rank = state.group.rank
     for region in state.plan.regions:
         low, high = region.shard_bounds(rank)
-        for key, values, first in _region_values(state, region):
+        for key, device_values, first in _region_values(state, region):
+            values = state.accelerator.to_host(device_values)  # once: a slice of it each would cost a lazy device more
             for placement in region.placements:
                 start, stop = max(low, placement.start), min(high, placement.stop)
                 if start < stop or (placement.numel == 0 and rank == 0):

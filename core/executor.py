@@ -7,21 +7,19 @@ operations is that of one optimizer step: accumulate, reduce, unscale and check,
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator, Group
-from windlass.core.adamw import AdamWSettings, update_region
+from windlass.core.adamw import AdamWSettings, Update
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
-from windlass.core.planner import STATISTICS
 from windlass.core.residency import Residency
 from windlass.core.state import STALE_WEIGHTS, ModelState
+from windlass.core.statistics import HostStatistics, LocalFacts, Outcome, StatisticsExchange, StepReport
 
 
 class Phase(enum.Enum):
@@ -31,31 +29,6 @@ class Phase(enum.Enum):
     REDUCING = "reducing"
     CHECKED = "checked"
     CLOSED = "closed"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did, the same on every rank."""
-
-    updated: bool  # False: nothing changed, since a gradient was not finite or there was none
-    finite: bool
-    norm: float  # of the mean gradient, before clipping; nan if skipped
-    loss: float  # mean over ranks of what they reported
-    stop: bool  # some rank wants to stop
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """Read on the host once per step."""
-
-    norm: float
-    finite: bool
-    loss: float
-    stop: bool
-    late: list[bool]  # per unit: some rank has gradients that missed their unit's reduction
-    touched: set[str]  # parameters with a gradient on some rank
-    gradient_scale: Tensor  # [] fp32 on the device: unscale, mean over ranks, and clip
-    keep: Tensor  # [] bool on the device
 
 
 class Executor:
@@ -69,6 +42,7 @@ class Executor:
         self.landing_scale = 1.0  # for gradients of backward passes that nobody announced, set by the engine
         self.micro_batches: set[int] = set()  # calls of the model that had a backward since the last update
         self._generation = 0  # of the weights
+        self._skipped = 0  # steps, where the host decides
         self._in_backward = False
         self.state = ModelState(plan, module, accelerator, group)
         self.gradients = Gradients(self.state, self._notice_backward, self._gradient_landed)
@@ -76,6 +50,8 @@ class Executor:
         if plan.rules.weights == "gathered":
             self.residency = Residency(self.state, self.gradients.expects_more)
             self.accelerator.collectives.publish(group)
+        self._statistics = StatisticsExchange(accelerator, group, list(plan.parameter_index))
+        accelerator.streams.boundary()  # what was laid out is no part of the first step
 
     # -- forward and backward ----------------------------------------------------------------------------------
 
@@ -145,37 +121,68 @@ class Executor:
         clip: float,  # largest norm; 0: no clipping
         loss: Tensor | None = None,  # this rank's, for the report
         stop: bool = False,  # this rank wants to stop, for the report
-    ) -> StepReport:
+    ) -> Outcome:
         """Reduce, check, clip, update and publish. A collective."""
         self._require(Phase.ACCUMULATING, "take an optimizer step")
         self.phase = Phase.REDUCING
         if self.residency is not None:
             self.residency.settle()
         self.gradients.finish()
-        statistics = self._gather_statistics(loss_scale, clip, loss, stop)
-        if any(statistics.late):
-            self.gradients.reduce_again(statistics.late)
-            statistics = self._gather_statistics(loss_scale, clip, loss, stop, tag="late gradients")
+        uniform = self.plan.rules.program == "uniform"
+        # A host number may change from step to step; sent as data it does not become a part of the program.
+        unscale = torch.tensor(1.0 / (loss_scale * self.group.size), dtype=torch.float32).to(self.accelerator.device)
+        if uniform and any(late := self.gradients.leftovers()):
+            self.gradients.reduce_again(late)  # the same units on every rank
+        facts = self._facts(unscale, loss, stop)
+        if uniform:
+            touched = set(facts.touched)
+            verdict, outcome = self._statistics.exchange(facts, clip)
+        else:
+            verdict, statistics = self._statistics.read(facts, clip, "step")
+            if any(statistics.late):  # the ranks have agreed on it only now
+                self.gradients.reduce_again(statistics.late)
+                verdict, statistics = self._statistics.read(self._facts(unscale, loss, stop), clip, "late gradients")
+            touched, outcome = statistics.touched, self._known(statistics)
         self.phase = Phase.CHECKED
         if self.plan.rules.update == "replicated":
             self.gradients.share_replicas()
-        scalars: dict[tuple[int, int], Tensor] = {}
-        for region in self.plan.regions:
-            if region.trainable and statistics.touched:
-                update_region(
-                    self.state, region, self.gradients.for_update(region), groups, statistics.touched,
-                    statistics.gradient_scale, statistics.keep, scalars,
-                )  # fmt: skip
-        if statistics.touched:
+        if touched:
+            self._update(groups, touched, unscale * verdict.factor, verdict.keep)
             self.share_weights()
-        if statistics.finite:
-            for name in statistics.touched:
-                self.state.steps[name] += 1
+            self.state.steps.advance(touched, verdict.keep if uniform else outcome.read().finite)
         self.drop_gradients()
         self.accelerator.streams.boundary()
         self.phase = Phase.ACCUMULATING
-        updated = statistics.finite and bool(statistics.touched)
-        return StepReport(updated, statistics.finite, statistics.norm, statistics.loss, statistics.stop)
+        return outcome
+
+    def _facts(self, unscale: Tensor, loss: Tensor | None, stop: bool) -> LocalFacts:
+        kernel, shards = self.accelerator.kernels, self.gradients.shards
+        squares = [
+            kernel["square_sum"](shards[region.name], unscale)
+            for region in self.plan.regions
+            if region.trainable and region.name in shards
+        ]
+        return LocalFacts(squares, loss, stop, self.gradients.leftovers(), self.gradients.touched)
+
+    def _known(self, statistics: HostStatistics) -> Outcome:
+        self._skipped += not statistics.finite
+        report = StepReport(
+            updated=statistics.finite and bool(statistics.touched),
+            finite=statistics.finite,
+            norm=statistics.norm,
+            loss=statistics.loss,
+            stop=statistics.stop,
+            skipped=self._skipped,
+        )
+        outcome = Outcome(lambda: report, touched=bool(statistics.touched))
+        outcome.read()
+        return outcome
+
+    def _update(self, groups: Sequence[AdamWSettings], touched: set[str], gradient_scale: Tensor, keep: Tensor) -> None:
+        update = Update(self.state, groups, touched, gradient_scale, keep)
+        for region in self.plan.regions:
+            if region.trainable:
+                update.apply(region, self.gradients.for_update(region))
 
     def share_weights(self) -> None:
         """Bring the weights that this rank owns to whoever needs them. A collective."""
@@ -195,6 +202,12 @@ class Executor:
             self.residency.weights_changed()
         self.state.rebind_copies()
 
+    def share_written_weights(self) -> None:
+        """After `state.write`: bring what was written to whoever needs it. A collective."""
+        # Each rank wrote its own part, in programs of its own; they end before those begin in which ranks meet.
+        self.accelerator.streams.synchronize()
+        self.share_weights()
+
     @property
     def has_gradients(self) -> bool:
         """True if gradients have landed on this rank since the last update."""
@@ -204,50 +217,6 @@ class Executor:
         """Forget the gradients accumulated so far, on this rank."""
         self.micro_batches.clear()
         self.gradients.clear()
-
-    def _gather_statistics(
-        self, loss_scale: float, clip: float, loss: Tensor | None, stop: bool, *, tag: str = "step"
-    ) -> _Statistics:
-        """Norm, finite check, loss, late units and touched parameters of all ranks: one small vector from each.
-
-        The step's one host read, under `tag`: ranks whose gradients were late must agree first, and read once more.
-        """
-        device, size = self.accelerator.device, self.group.size
-        unscale = torch.full((), 1.0 / (loss_scale * size), dtype=torch.float32, device=device)
-        squares = [
-            self.accelerator.kernels["square_sum"](self.gradients.shards[region.name], unscale)
-            for region in self.plan.regions
-            if region.trainable and region.name in self.gradients.shards
-        ]
-        names = list(self.plan.parameter_index)
-        flags = [float(stop), *map(float, self.gradients.leftovers())]
-        flags += [float(name in self.gradients.touched) for name in names]
-        mine = torch.cat(
-            [
-                torch.stack(squares).sum(0) if squares else torch.zeros(2, dtype=torch.float32, device=device),
-                torch.zeros(1, dtype=torch.float32, device=device) if loss is None else loss.reshape(1),
-                torch.tensor(flags, dtype=torch.float32, device=device),
-            ]
-        )
-        everyone = torch.empty(size * mine.numel(), dtype=torch.float32, device=device)
-        self.accelerator.collectives.all_gather(everyone, mine, self.group, tag="statistics").wait()
-        total = everyone.view(size, -1).sum(0)
-        norm = total[0].sqrt()
-        keep = torch.logical_and(total[1] == 0, torch.isfinite(norm))
-        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
-        vector = torch.cat([torch.stack([norm, keep.to(torch.float32)]), total[2:]])
-        read = self.accelerator.read_host(vector, tag=tag)
-        finite, first, units = bool(read[1]), STATISTICS, len(self.plan.units)
-        return _Statistics(
-            norm=read[0] if finite else math.nan,
-            finite=finite,
-            loss=read[2] / size,
-            stop=read[3] > 0,
-            late=[value > 0 for value in read[first : first + units]],
-            touched={name for name, value in zip(names, read[first + units :], strict=True) if value > 0},
-            gradient_scale=unscale * factor,
-            keep=keep,
-        )
 
     # -- life --------------------------------------------------------------------------------------------------
 

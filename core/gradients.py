@@ -1,8 +1,8 @@
 """Gradients from where autograd leaves them to where the update reads them: land, add up, reduce.
 
 [Note: two ways to the reduction]
-Where the plan reduces at the boundary (stages 0, 1) every gradient is copied or added into its region as soon
-as autograd has made it, and autograd's tensor is dropped; the regions are reduced once, in `finish`.
+Where the plan reduces at the boundary (stages 0, 1) every gradient is added to this rank's own sums as soon as
+autograd has made it, and autograd's tensor is dropped; the regions are reduced once, in `finish`.
 Where the plan reduces per unit (stages 2, 3) gradients stay with their parameters until the unit is complete,
 are packed into a reduce slot, and leave; what arrives is added up in this rank's shard. Units leave in one
 fixed order (last unit first) and each exactly once per backward, so that all ranks make the same calls even if
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from windlass.accelerator.interface import Work
+from windlass.core.local_gradients import TAG, open_local_gradients, pack, write_packed
 from windlass.core.plan import Plan, Region, Unit
 from windlass.core.reduce_slots import ReduceSlots
-from windlass.core.specs import dtype_from_name
-from windlass.core.state import ModelState
-
-TAG = "gradients"
+from windlass.core.state import ModelState, own_part
 
 
 @dataclass
@@ -55,10 +53,15 @@ class Gradients:
         self._landed = landed
         self._per_unit = self.plan.rules.reduce_at == "unit"
         self._trainable = [region for region in self.plan.regions if region.trainable]
-        kept = [] if self._per_unit else self._trainable
-        self._buffers: dict[str, Tensor] = {region.name: self._allocate(region) for region in kept}
-        self._wide: dict[str, Tensor] = {}  # fp32 sums of regions in which more landed than planned
-        self._replicas: dict[str, Tensor] = {}  # whole reduced gradients, where the update is replicated
+        self._kept = self.plan.rules.buffers == "kept"
+        # The sum over ranks lies where this rank's part of it was, unless that offset would make programs differ.
+        self._in_place = self.plan.rules.program == "free" or state.group.size == 1
+        self._local = None if self._per_unit else open_local_gradients(self.plan, self.accelerator, state.group)
+        self._replicated = self.plan.rules.update == "replicated"
+        self._replicas: dict[str, Tensor] = {}  # whole sums over ranks, where the update is replicated
+        if self._kept and self._replicated:
+            narrow = [region for region in self._trainable if region.gradient_dtype != "float32"]
+            self._replicas = {region.name: self._allocate_sum(region.numel, shared=True) for region in narrow}
         self._slots = ReduceSlots(self.plan, self.accelerator, state.group)
         self._flying: deque[_Reduction] = deque()
         self._order: list[Unit] = [
@@ -74,14 +77,6 @@ class Gradients:
             for placement in region.placements:
                 hook = self._make_hook(placement.name, region.unit)
                 self._handles.append(state.parameters[placement.name].register_post_accumulate_grad_hook(hook))
-        if self.plan.rules.update == "replicated":
-            for region in self._trainable:
-                if region.gradient_dtype == "float32":
-                    self._replicas[region.name] = self._buffers[region.name]
-                else:
-                    self._replicas[region.name] = self.accelerator.memory.empty(
-                        (region.numel,), torch.float32, tag="reduced", shared=state.group
-                    )
 
     # -- landing -----------------------------------------------------------------------------------------------
 
@@ -104,33 +99,12 @@ class Gradients:
         return receive
 
     def _land(self, name: str, parameter: nn.Parameter) -> None:
-        """Move one gradient into its region, and let autograd's tensor go."""
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        region, placement = self.plan.placement_by_name[name]
-        target = self._buffers[region.name][placement.start : placement.stop].view(placement.shape)
-        if name in self.touched:
-            self._widen(region)
-        wide = self._wide.get(region.name)
-        if wide is not None:
-            target = wide[placement.start : placement.stop].view(placement.shape)
-        if name in self.touched:
-            target.add_(gradient.detach(), alpha=self.landing_scale)
-        else:
-            target.copy_(gradient.detach())
-            if self.landing_scale != 1.0:
-                target.mul_(self.landing_scale)
+        """Add one gradient to this rank's sums, and let autograd's tensor go."""
+        assert self._local is not None
+        if parameter.grad is not None:
+            self._local.land(name, parameter.grad.detach(), self.landing_scale, new=name not in self.touched)
             self.touched.add(name)
-        parameter.grad = None
-
-    def _widen(self, region: Region) -> None:
-        """A second gradient lands in a narrow region: from here to the boundary it adds up in fp32."""
-        planned = region.gradient_dtype == "float32" or self.plan.gradient_accumulation_steps > 1
-        if planned or region.name in self._wide:
-            return
-        wide = self.accelerator.memory.empty((region.numel,), torch.float32, tag="wide gradients")
-        self._wide[region.name] = wide.copy_(self._buffers[region.name])
+            parameter.grad = None
 
     # -- reducing per unit -------------------------------------------------------------------------------------
 
@@ -175,7 +149,7 @@ class Gradients:
             self._settle_oldest()
         for region, packed in self._slots.take(index, self._regions_of(unit)):
             self._pack(region, packed)
-            arrived = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
+            arrived = self._allocate_sum(region.shard_numel)
             streams = self.accelerator.streams
             written = streams.record()
             with streams.lane("reduce"):
@@ -184,23 +158,18 @@ class Gradients:
             self._flying.append(_Reduction(region, work, arrived, index, packed))
 
     def _pack(self, region: Region, packed: Tensor) -> None:
-        position = 0
+        """Move the gradients of a region's parameters into `packed`."""
+        values = {}
         for placement in region.placements:
-            if position < placement.start:
-                packed[position : placement.start].zero_()
-            position = placement.stop
             parameter = self.state.parameters[placement.name]
-            target = packed[placement.start : placement.stop]
-            if parameter.grad is None:
-                target.zero_()
-                continue
-            target.view(placement.shape).copy_(parameter.grad.detach())
-            if self.landing_scale != 1.0:
-                target.mul_(self.landing_scale)
-            parameter.grad = None
-            self.touched.add(placement.name)
-        if position < region.numel:
-            packed[position:].zero_()
+            if parameter.grad is not None:
+                values[placement.name] = parameter.grad.detach()
+                self.touched.add(placement.name)
+                parameter.grad = None
+        if self._kept:
+            write_packed(packed, region, values, self.landing_scale)
+        else:
+            pack(packed, region, values, self.landing_scale)
 
     def _settle_oldest(self) -> None:
         """Wait for the reduction that left first, and keep or add up what arrived."""
@@ -244,31 +213,27 @@ class Gradients:
         if self._per_unit:
             self._settle_all()
             return self.shards.get(region.name)
+        assert self._local is not None
         target = torch.empty(region.shard_numel, dtype=torch.float32, device=self.accelerator.device)
-        buffer = self._complete(region)
-        self.accelerator.collectives.reduce_scatter(target, buffer, self.state.group, tag="state").wait()
+        whole = self._local.whole(region, self.touched)
+        self.accelerator.collectives.reduce_scatter(target, whole, self.state.group, tag="state").wait()
         return target
 
-    def _complete(self, region: Region) -> Tensor:
-        """The local gradients of a region, zero where this rank has none."""
-        buffer = self._buffers[region.name]
-        if region.name in self._wide:
-            buffer.copy_(self._wide[region.name])
-        for placement in region.placements:
-            if placement.name not in self.touched:
-                buffer[placement.start : placement.stop].zero_()
-        return buffer
-
     def _send_region(self, region: Region) -> None:
-        buffer = self._complete(region)
-        start, stop = region.shard_bounds(self.state.group.rank)
-        if region.name in self._replicas:
-            target = self._replicas[region.name][start:stop]
-        elif region.gradient_dtype == "float32" or region.num_shards == 1:
-            target = buffer[start:stop]
+        assert self._local is not None
+        whole = self._local.whole(region, self.touched)
+        if self._replicated and region.name not in self._replicas:
+            fp32 = region.gradient_dtype == "float32"
+            self._replicas[region.name] = whole if fp32 else self._allocate_sum(region.numel, shared=True)
+        if not self._in_place:
+            target = self._allocate_sum(region.shard_numel)
+        elif self._replicated:
+            target = own_part(region, self._replicas[region.name], self.state.group)
+        elif self._lies_inside(region):
+            target = own_part(region, whole, self.state.group)
         else:
-            target = self.accelerator.memory.empty((region.shard_numel,), torch.float32, tag="reduced")
-        work = self.accelerator.collectives.reduce_scatter(target, buffer, self.state.group, tag=TAG)
+            target = self._allocate_sum(region.shard_numel)
+        work = self.accelerator.collectives.reduce_scatter(target, whole, self.state.group, tag=TAG)
         self.shards[region.name] = target
         self._flying.append(_Reduction(region, work, target))
 
@@ -279,13 +244,9 @@ class Gradients:
     def share_replicas(self) -> None:
         """Where the update is replicated: every rank gets the whole sums, in the same bits."""
         works = []
-        for region in self._trainable:
-            if region.name in self._replicas:
-                start, stop = region.shard_bounds(self.state.group.rank)
-                whole = self._replicas[region.name]
-                works.append(
-                    self.accelerator.collectives.all_gather(whole, whole[start:stop], self.state.group, tag=TAG)
-                )
+        for region in self._trainable if self._replicas else ():
+            whole, own = self._replicas[region.name], self.shards[region.name]
+            works.append(self.accelerator.collectives.all_gather(whole, own, self.state.group, tag=TAG))
         for work in works:
             work.wait()
 
@@ -300,8 +261,10 @@ class Gradients:
             shard = self.shards.pop(region.name, None)
             if shard is not None and self._is_transient(region):
                 self.accelerator.memory.release(shard)
-        for name in list(self._wide):
-            self.accelerator.memory.release(self._wide.pop(name))
+        if not self._kept:
+            self._drop_replicas()
+        if self._local is not None:
+            self._local.clear()
         for name in self._names():
             self.state.parameters[name].grad = None
         self.touched.clear()
@@ -311,23 +274,32 @@ class Gradients:
         self.clear()
         for handle in self._handles:
             handle.remove()
-        buffers = {id(tensor): tensor for tensor in (*self._buffers.values(), *self._replicas.values())}
-        for tensor in buffers.values():
-            self.accelerator.memory.release(tensor)
+        self._drop_replicas()
+        if self._local is not None:
+            self._local.close()
         self._slots.close()
-        self._buffers, self._replicas = {}, {}
+
+    def _drop_replicas(self) -> None:
+        for region in self._trainable:
+            whole = self._replicas.pop(region.name, None)
+            if whole is not None and region.gradient_dtype != "float32":
+                self.accelerator.memory.release(whole)
 
     # -- small questions ---------------------------------------------------------------------------------------
 
-    def _allocate(self, region: Region) -> Tensor:
-        dtype = dtype_from_name(region.gradient_dtype)
-        return self.accelerator.memory.empty((region.numel,), dtype, tag=TAG, shared=self.state.group).zero_()
+    def _allocate_sum(self, numel: int, *, shared: bool = False) -> Tensor:
+        group = self.state.group if shared else None
+        return self.accelerator.memory.empty((numel,), torch.float32, tag="reduced", shared=group)
 
     def _is_transient(self, region: Region) -> bool:
-        if self._per_unit:
+        """The shard of the sum is memory of its own, made for this step."""
+        if self._per_unit or not self._in_place:
             return True
-        in_place = region.gradient_dtype == "float32" or region.num_shards == 1
-        return region.name not in self._replicas and not in_place
+        return not self._replicated and not self._lies_inside(region)
+
+    def _lies_inside(self, region: Region) -> bool:
+        """The sum over ranks can be written over this rank's part of the gradient."""
+        return region.gradient_dtype == "float32" or region.num_shards == 1
 
     def _regions_of(self, unit: Unit) -> list[Region]:
         return [region for name in unit.regions if (region := self.plan.region_by_name[name]).trainable]

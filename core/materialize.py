@@ -1,11 +1,11 @@
-"""Give models built on the meta device real parameters, module by module."""
+"""Give modules real parameters on the device: those built on the meta device, and those built on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def materialize_modules(module: nn.Module, paths: Iterable[str], device: torch.device) -> None:
@@ -26,3 +26,17 @@ def materialize_modules(module: nn.Module, paths: Iterable[str], device: torch.d
             )
         inner.to_empty(device=device, recurse=False)
         reset()
+
+
+def move_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Let the parameter be `value`, which may be on another kind of device, and stay the same object: optimizers,
+    tied modules and the caller keep what they hold.
+
+    Across kinds of devices torch exchanges the whole tensor, and with it hooks that were registered on the parameter.
+    """
+    if parameter.device.type == value.device.type:
+        parameter.data = value
+        return
+    moved = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    moved.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, moved)

@@ -78,7 +78,10 @@ class Rules:
     update: Literal["replicated", "shard"]  # optimizer state and update: everything everywhere, or each its shard
     after_update: Literal["nothing", "all_gather", "publish"]  # how new weights reach the others
     buffers: Literal["kept", "per_use"] = (
-        "kept"  # gather and reduce slots: for the whole training, or made for each use
+        "kept"  # gradients, gather and reduce slots: for the whole training, or made for each use
+    )
+    program: Literal["free", "uniform"] = (
+        "free"  # uniform: all ranks run the same operations, and none waits for the host before the update
     )
 
 
@@ -135,6 +138,13 @@ class Plan:
     prediction: Prediction
     version: int = PLAN_VERSION
     facts: Mapping[str, Any] = field(default_factory=dict)  # for people: model size, why something was chosen
+
+    @property
+    def shards_apart(self) -> bool:
+        """Where whole weights are resident, what a rank owns of them lies in tensors of its own: a slice at an offset
+        that depends on the rank would make the ranks' programs differ."""
+        apart = self.rules.program == "uniform" and self.rules.update == "shard" and self.rules.weights == "resident"
+        return apart and self.mesh.size("shard") > 1
 
     @cached_property
     def region_by_name(self) -> dict[str, Region]:

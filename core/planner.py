@@ -20,6 +20,7 @@ RULES = {
     3: Rules(reduce_at="unit", weights="gathered", update="shard", after_update="publish"),
 }
 STATISTICS = 4  # squares, finite check, loss, wish to stop; then a flag per unit and per parameter
+UNIFORM_STATISTICS = 5  # squares, finite check, loss, wish to stop, digest of what the step is made of
 REDUCE_SLOTS = 2  # one being filled while the other is on its way
 
 
@@ -34,12 +35,17 @@ class PlanSettings:
     prefetch: int = 1  # units gathered ahead of the one in use
     device_memory_budget: int | None = None  # bytes per rank
     views: bool = True  # the accelerator's capability: parameters can live in a buffer that is used again and again
+    uniform_program: bool = False  # the accelerator's capability: every rank must run the same program
 
 
 def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh, settings: PlanSettings) -> Plan:
     """Decide layout, owners, slots and schedule. Raises ValueError for what cannot be planned."""
     _check(specs, mesh, settings)
-    rules = replace(RULES[settings.stage], buffers="kept" if settings.views else "per_use")
+    rules = replace(
+        RULES[settings.stage],
+        buffers="kept" if settings.views else "per_use",
+        program="uniform" if settings.uniform_program else "free",
+    )
     regions = _lay_out(specs, units, mesh.size("shard"), settings, rules)
     of_unit: dict[str, list[Region]] = defaultdict(list)
     for region in regions:
@@ -166,7 +172,10 @@ def _predict(
     reduce = traffic("reduce_scatter", "gradients", reduced)
     per_micro = reduce if rules.reduce_at == "unit" else []
     boundary = [] if per_micro else list(reduce)
-    statistics = 4 * (STATISTICS + len(units) + sum(len(region.placements) for region in trainable))
+    if rules.program == "uniform":
+        statistics = 4 * UNIFORM_STATISTICS
+    else:
+        statistics = 4 * (STATISTICS + len(units) + sum(len(region.placements) for region in trainable))
     boundary += traffic("all_gather", "statistics", [statistics])
     if rules.update == "replicated":
         boundary += traffic("all_gather", "gradients", [region.shard_numel * 4 for region in trainable])
@@ -199,27 +208,40 @@ def _persistent(regions: Sequence[Region], rules: Rules, slots: int, reduce_slot
     trainable = [region for region in regions if region.trainable]
     owned = {r.name: r.numel if rules.update == "replicated" else r.shard_numel for r in trainable}
     whole = rules.weights == "resident"
+    apart = rules.program == "uniform" and rules.update == "shard" and whole
     memory = {
         "weights": sum((r.numel if whole else r.shard_numel) * BYTES[r.dtype] for r in regions),
-        "master": sum(owned[r.name] * 4 for r in trainable if r.dtype != "float32"),
+        "master": sum(owned[r.name] * 4 for r in trainable if r.dtype != "float32" or (apart and r.num_shards > 1)),
         "optimizer": sum(owned[r.name] * 8 for r in trainable),
     }
-    if rules.reduce_at == "boundary":
-        memory["gradients"] = _gradient_bytes(regions)
-    if rules.update == "replicated":
-        memory["reduced"] = sum(r.numel * 4 for r in trainable if r.gradient_dtype != "float32")
     if rules.buffers == "kept":
+        memory |= _gradient_buffers(trainable, rules)
         memory["gather_slots"] = slots
         memory["reduce_slots"] = reduce_slots
     return {tag: size for tag, size in memory.items() if size}
 
 
+def _gradient_buffers(trainable: Sequence[Region], rules: Rules) -> dict[str, int]:
+    """Whole gradients: those of this rank until the boundary, and the sums over ranks where everybody has them all."""
+    memory = {}
+    if rules.reduce_at == "boundary":
+        memory["gradients"] = _gradient_bytes(trainable)
+    if rules.update == "replicated":
+        memory["reduced"] = sum(r.numel * 4 for r in trainable if r.gradient_dtype != "float32")
+    return memory
+
+
 def _working(trainable: Sequence[Region], rules: Rules, slots: int, reduce_slots: int) -> dict[str, int]:
     """Bytes that exist only while a step runs: reduced shards in fp32, and buffers made for one use."""
-    memory = {"gather_slots": slots, "reduce_slots": reduce_slots} if rules.buffers == "per_use" else {}
+    memory: dict[str, int] = {}
+    if rules.buffers == "per_use":
+        memory = {"gather_slots": slots, "reduce_slots": reduce_slots, **_gradient_buffers(trainable, rules)}
     if rules.update == "shard":
         apart = [r for r in trainable if rules.reduce_at == "unit" or r.gradient_dtype != "float32"]
         memory["reduced"] = sum(r.shard_numel * 4 for r in apart)
+    if rules.program == "uniform" and rules.reduce_at == "boundary":  # no sum lies inside of what was summed
+        memory["reduced"] = memory.get("reduced", 0) * (rules.update == "replicated")
+        memory["reduced"] += sum(r.shard_numel * 4 for r in trainable if r.num_shards > 1)
     return {tag: size for tag, size in memory.items() if size}
 
 

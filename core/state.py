@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator, Group
-from windlass.core.materialize import materialize_modules
+from windlass.core.materialize import materialize_modules, move_parameter
 from windlass.core.plan import Placement, Plan, Region
 from windlass.core.specs import dtype_from_name, dtype_name
+from windlass.core.step_counts import DeviceStepCounts, HostStepCounts, StepCounts
 
 WEIGHT = "weight"
 EXP_AVG = "exp_avg"
@@ -35,12 +36,15 @@ class ModelState:
         self.group = group
         self.module = module
         self.weights: dict[str, Tensor] = {}
-        self.master: dict[str, Tensor] = {}  # fp32; absent where the weights themselves are fp32
+        self.master: dict[str, Tensor] = {}  # fp32; absent where the weights themselves are fp32, and lie with them
         self.moments: dict[str, dict[str, Tensor]] = {}
-        self.steps: dict[str, int] = {name: 0 for name in plan.parameter_index}
+        uniform = plan.rules.program == "uniform"
+        names = list(plan.parameter_index)
+        self.steps: StepCounts = DeviceStepCounts(names, accelerator) if uniform else HostStepCounts(names)
         self.parameters: dict[str, nn.Parameter] = {}
         self.resident = plan.rules.weights == "resident"
         self._poison: dict[torch.dtype, Tensor] = {}
+        self._masks: dict[tuple[str, frozenset[str]], Tensor] = {}
         for unit in plan.units:  # one at a time: a sharded model never exists whole
             regions = [plan.region_by_name[name] for name in unit.regions]
             names = [placement.name for region in regions for placement in region.placements]
@@ -61,16 +65,25 @@ class ModelState:
         return region.shard_bounds(self.group.rank)
 
     def owned_weights(self, region: Region) -> Tensor:
-        """The weights of `owned_bounds`, in the region's dtype, aliasing `weights`."""
+        """The weights of `owned_bounds` in the region's dtype: aliasing `weights`, or made of the master weights where
+        shards lie apart."""
         weights = self.weights[region.name]
-        if not self.resident:
+        if not self.resident or self.plan.rules.update == "replicated":
             return weights
-        start, stop = self.owned_bounds(region)
-        return weights[start:stop]
+        if self.plan.shards_apart:
+            return self.master[region.name].to(weights.dtype)
+        return own_part(region, weights, self.group)
 
     def owned_fp32(self, region: Region) -> Tensor:
         """What the optimizer updates: the master weights, or the weights themselves if they are fp32."""
         return self.master[region.name] if region.name in self.master else self.owned_weights(region)
+
+    def owned_low(self, region: Region) -> Tensor | None:
+        """The low-precision weights that an update writes beside the master weights; None where there are none, or
+        they are made of the master weights afterwards."""
+        if region.dtype == "float32" or self.plan.shards_apart:
+            return None
+        return self.owned_weights(region)
 
     # -- installation ------------------------------------------------------------------------------------------
 
@@ -83,42 +96,57 @@ class ModelState:
 
     def _install(self, region: Region) -> None:
         """Take the parameters' values from rank 0, lay them out, and bind the parameters to their places."""
-        memory, device = self.accelerator.memory, self.accelerator.device
+        memory = self.accelerator.memory
         dtype = dtype_from_name(region.dtype)
         whole = memory.empty((region.numel,), torch.float32, tag="staging")
-        whole.zero_()
-        for placement in region.placements:
-            source = self.parameters[placement.name].detach()
-            if source.numel() > 1 and not any(source.stride()):
-                raise ValueError(
-                    f"the weights of {placement.name!r} are not here: an engine that held them in shards was closed; "
-                    "load the model's weights again before initialize"
-                )
-            whole[placement.start : placement.stop].copy_(source.reshape(-1))
+        self._stage(region, whole)
         self.accelerator.collectives.broadcast(whole, 0, self.group, tag="initial weights").wait()
+        shard = self._cut_shard(region, whole)
         numel = region.numel if self.resident else region.shard_numel
         weights = memory.empty((numel,), dtype, tag="weights", shared=self.group)
-        start, stop = region.shard_bounds(self.group.rank)
-        weights.copy_(whole if self.resident else whole[start:stop])
-        self.weights[region.name] = weights
+        self.weights[region.name] = weights.copy_(whole if self.resident else shard)
         if region.trainable:
-            start, stop = self.owned_bounds(region)
-            if region.dtype != "float32":
-                self.master[region.name] = memory.empty((stop - start,), torch.float32, tag="master")
-                self.master[region.name].copy_(whole[start:stop])
-            self.moments[region.name] = {}
-            for key in MOMENTS:
-                moment = memory.empty((stop - start,), torch.float32, tag="optimizer")
-                self.moments[region.name][key] = moment.zero_()
+            owned = whole if self.plan.rules.update == "replicated" else shard
+            if region.dtype != "float32" or self.plan.shards_apart:
+                self.master[region.name] = memory.empty((owned.numel(),), torch.float32, tag="master").copy_(owned)
+            self.moments[region.name] = {
+                key: memory.empty((owned.numel(),), torch.float32, tag="optimizer").zero_() for key in MOMENTS
+            }
         for placement in region.placements:
             parameter = self.parameters[placement.name]
             parameter.grad = None
+            move_parameter(parameter, self._poisoned(placement, dtype))
             if self.resident:
                 self.bind(placement, weights)
             else:
-                parameter.data = torch.empty((), dtype=dtype, device=device).expand(placement.shape)
                 self.unbind(placement)
         memory.release(whole)
+
+    def _stage(self, region: Region, whole: Tensor) -> None:
+        """Lay this rank's values of the region's parameters out in `whole`, which is on the device."""
+        sources = {one.name: self.parameters[one.name].detach() for one in region.placements}
+        for name, source in sources.items():
+            if source.numel() > 1 and not any(source.stride()):
+                raise ValueError(
+                    f"the weights of {name!r} are not here: an engine that held them in shards was closed; "
+                    "load the model's weights again before initialize"
+                )
+        devices = {source.device for source in sources.values()}
+        elsewhere = devices.pop() if len(devices) == 1 and whole.device not in devices else whole.device
+        target = whole if elsewhere == whole.device else torch.empty(whole.shape, dtype=whole.dtype, device=elsewhere)
+        target.zero_()
+        for placement in region.placements:
+            target[placement.start : placement.stop].copy_(sources[placement.name].reshape(-1))
+        if target is not whole:  # one transfer instead of one for each parameter
+            whole.copy_(target)
+
+    def _cut_shard(self, region: Region, whole: Tensor) -> Tensor:
+        """This rank's part of a region, on the device."""
+        if self.plan.rules.program == "free" or region.num_shards == 1:
+            return own_part(region, whole, self.group)
+        # On the device the offset would be part of the program, which then would not be that of the other ranks.
+        start, stop = region.shard_bounds(self.group.rank)
+        return self.accelerator.to_host(whole)[start:stop].to(self.accelerator.device)
 
     # -- binding parameters to bytes ---------------------------------------------------------------------------
 
@@ -132,11 +160,14 @@ class ModelState:
     def unbind(self, placement: Placement) -> None:
         """The parameter's bytes are elsewhere: it keeps its shape, takes no memory, and reads as NaN."""
         parameter = self.parameters[placement.name]
-        poison = self._poison.get(parameter.dtype)
+        parameter.data = self._poisoned(placement, parameter.dtype)
+
+    def _poisoned(self, placement: Placement, dtype: torch.dtype) -> Tensor:
+        poison = self._poison.get(dtype)
         if poison is None:
-            poison = torch.full((), float("nan"), dtype=parameter.dtype, device=self.accelerator.device)
-            self._poison[parameter.dtype] = poison
-        parameter.data = poison.expand(placement.shape)
+            poison = torch.full((), float("nan"), dtype=dtype, device=self.accelerator.device)
+            self._poison[dtype] = poison
+        return poison.expand(placement.shape)
 
     def check_bindings(self) -> None:
         """Raise RuntimeError if the module was cast or moved: its parameters are not those of the plan any more."""
@@ -155,6 +186,19 @@ class ModelState:
             for region in self.plan.regions:
                 for placement in region.placements:
                     self.bind(placement, self.weights[region.name])
+
+    def mask(self, region: Region, names: frozenset[str]) -> Tensor:
+        """[elements owned] bool on the device: those of the named parameters. Data and no offsets, so that it is no
+        part of the program."""
+        key = (region.name, names)
+        if key not in self._masks:
+            first, stop = self.owned_bounds(region)
+            mask = torch.zeros(stop - first, dtype=torch.bool)
+            for placement in region.placements:
+                if placement.name in names:
+                    mask[max(placement.start - first, 0) : max(placement.stop - first, 0)] = True
+            self._masks[key] = mask.to(self.accelerator.device)
+        return self._masks[key]
 
     # -- logical values ----------------------------------------------------------------------------------------
 
@@ -218,6 +262,14 @@ class ModelState:
             ):
                 if tensor is not None:
                     memory.release(tensor)
+
+
+def own_part(region: Region, whole: Tensor, group: Group) -> Tensor:
+    """This rank's part of a whole region, aliasing it."""
+    if region.num_shards == 1:
+        return whole
+    start, stop = region.shard_bounds(group.rank)
+    return whole[start:stop]
 
 
 def _write_part(target: Tensor, bounds: tuple[int, int], placement: Placement, flat: Tensor) -> None:

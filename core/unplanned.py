@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator, Group
+from windlass.core.materialize import move_parameter
 from windlass.core.plan import Plan
 from windlass.core.precision import WEIGHT_DTYPES
 from windlass.core.specs import dtype_from_name
@@ -31,4 +32,4 @@ def place_unplanned(module: nn.Module, plan: Plan, accelerator: Accelerator, gro
                 inner._buffers[name] = share(buffer)
     for name, parameter in module.named_parameters():
         if name not in plan.placement_by_name and not parameter.is_meta:
-            parameter.data = share(parameter.data)
+            move_parameter(parameter, share(parameter.data))

@@ -31,6 +31,7 @@ from windlass.optimizer import (
     read_settings,
 )
 from windlass.planning import LONG_DTYPES, build_scaler, plan_training
+from windlass.step_books import StepBooks, Updated
 
 logger = logging.getLogger("windlass")
 
@@ -53,11 +54,6 @@ class Engine:
         self._owns_accelerator = owns_accelerator
         self.config = config
         self.accelerator = accelerator
-        self.global_steps = 0
-        self.skipped_steps = 0
-        self.grad_norm: float | None = None
-        self.loss: float | None = None
-        self.stop_requested = False
         self._micro_steps = 0  # calls of step() since the last update
         self._calls = 0  # of the model
         self._loss_so_far: Tensor | None = None
@@ -68,6 +64,7 @@ class Engine:
         if config.plan.device_memory_budget is not None:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
         self.scaler = build_scaler(config)
+        self.books = StepBooks(self.scaler, speaks=self.rank == 0)
         self.executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
@@ -83,6 +80,36 @@ class Engine:
     def plan(self) -> Plan:
         """Who owns which bytes, when they move, what is computed on them; print it."""
         return self.executor.plan
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps that changed the weights. Like the four below: one host read where it is not known yet."""
+        self.books.settle()
+        return self.books.global_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that a gradient which was not finite has made void."""
+        self.books.settle()
+        return self.books.skipped_steps
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Of the mean gradient of the last step, before clipping; nan if it was not finite."""
+        self.books.settle()
+        return self.books.grad_norm
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over ranks and micro-steps of what `backward` was given for the last step."""
+        self.books.settle()
+        return self.books.loss
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether some rank had called `request_stop` before the last step."""
+        self.books.settle()
+        return self.books.stop_requested
 
     @property
     def rank(self) -> int:
@@ -144,7 +171,7 @@ class Engine:
         with self.executor.backward_pass():
             (loss * factor if factor != 1.0 else loss).backward()
 
-    def step(self) -> bool:
+    def step(self) -> bool | Updated:
         """Act at the accumulation boundary: when gradient_accumulation_steps micro-batches are in. True if the weights
         changed.
 
@@ -153,38 +180,27 @@ class Engine:
 
         Afterwards `grad_norm` is the norm of the mean gradient before clipping, `loss` the mean over ranks and
         micro-steps of what was given to `backward`, and `stop_requested` says whether any rank called
-        `request_stop`: all that with one host read, and none beyond it.
+        `request_stop`: all that with one host read, and none beyond it. On a device that runs ahead of the host they
+        are read when somebody asks, and so is the truth of what this returns; a scheduler or a dynamic loss scale asks
+        at every step.
         """
         self._micro_steps += 1
         micro_batches = max(self._micro_steps, len(self.executor.micro_batches))
         if micro_batches < self.config.gradient_accumulation_steps:
             return False
         self._micro_steps = 0
-        report = self.executor.step(
-            read_settings(self.optimizer),
-            self.loss_scale,
-            self.config.gradient_clipping,
-            self._loss_so_far,
-            self._wants_to_stop,
+        loss, self._loss_so_far = self._loss_so_far, None
+        outcome = self.executor.step(
+            read_settings(self.optimizer), self.loss_scale, self.config.gradient_clipping, loss, self._wants_to_stop
         )
-        self.grad_norm = report.norm
-        self.loss = None if self._loss_so_far is None else report.loss
-        self.stop_requested = report.stop
-        self._loss_so_far = None
-        if report.finite and not report.updated:
-            return False  # no rank has a gradient: as in torch, there is nothing to do
-        before = self.loss_scale
-        self.scaler.update(overflow=not report.finite)
+        self.books.enter(outcome, has_loss=loss is not None)
+        if outcome.touched and not outcome.known and self.lr_scheduler is None and self.scaler.static:
+            self.optimizer.step()
+            return Updated(outcome)
+        self.books.settle()
         self.executor.landing_scale = self.loss_scale
-        if not report.updated:
-            self.skipped_steps += 1
-            if self.rank == 0:
-                logger.warning(
-                    f"skipped an optimizer step ({self.skipped_steps} so far): a gradient, or the norm of all of them, "
-                    f"was not finite; loss scale {before:g} -> {self.loss_scale:g}"
-                )
+        if not outcome.read().updated:
             return False
-        self.global_steps += 1
         self.optimizer.step()  # without gradients: only tells torch's schedulers that a step was taken
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -234,7 +250,7 @@ class Engine:
                 plain[name].data.copy_(value)
             else:
                 raise ValueError(f"the model has no parameter or buffer named {name!r}")
-        self.executor.share_weights()
+        self.executor.share_written_weights()
 
     def full_gradient(self, name: str) -> Tensor:
         """The mean gradient of one parameter accumulated since the last step, unscaled: host, fp32, logical shape."""
@@ -305,12 +321,13 @@ class Engine:
         collective then; every rank unfreezes the same parameters."""
         if self._frozen and not self.executor.has_gradients and any(one.requires_grad for one in self._frozen):
             old = self.executor
+            self.books.restart()
             handover = take_over(old.state)
             old.close()
             put_back(handover, old.state)
             self.executor = self._execute(self._agree_on_plan())
             hand_over(handover, self.executor.state)
-            self.executor.share_weights()
+            self.executor.share_written_weights()
 
     def _agree_on_plan(self) -> Plan:
         plan = plan_training(self.module, self.config, self.optimizer, self.accelerator.capabilities)

@@ -44,6 +44,7 @@ def plan_training(
         prefetch=config.plan.prefetch,
         device_memory_budget=config.plan.device_memory_budget,
         views=capabilities is None or capabilities.views,
+        uniform_program=capabilities is not None and capabilities.uniform_program,
     )
     return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
 

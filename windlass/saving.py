@@ -37,9 +37,10 @@ def load(engine: Engine, directory: Path, tag: str | None) -> dict[str, Any]:
     engine.accelerator.collectives.barrier(engine.accelerator.collectives.world)
     engine.zero_grad()
     manifest = checkpoint.load_checkpoint(directory, tag, engine.executor.state)
-    engine.executor.share_weights()
+    engine.executor.share_written_weights()
     saved = manifest["engine"]
-    engine.global_steps, engine.skipped_steps = saved["global_steps"], saved["skipped_steps"]
+    engine.books.settle()
+    engine.books.global_steps, engine.books.skipped_steps = saved["global_steps"], saved["skipped_steps"]
     engine.scaler.load_state_dict(saved["loss_scale"])
     load_groups(engine.optimizer, saved["groups"])
     if engine.lr_scheduler is not None and saved["scheduler"] is not None:

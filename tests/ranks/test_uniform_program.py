@@ -1,0 +1,62 @@
+"""The core where every rank must run the same program and the host learns nothing before the update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import uniform_workers
+from windlass.conformance.rank_pool import run_ranks
+from windlass.conformance.training import distance, train_oracle
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_stage_trains_like_the_oracle_as_planned(ranks: int) -> None:
+    results = run_ranks(uniform_workers.grid, ranks, "Network", STAGES, [1, 4], 4)
+    state, norms = train_oracle("Network", 4)
+    for rank in results:
+        for key, result in rank.items():
+            worst = distance(result["state"], state)
+            assert max(worst.values()) < 1e-6, (key, worst)
+            assert result["norms"] == pytest.approx(norms, rel=2e-6)
+            assert result["measured"] == result["predicted"], key
+            assert result["by_tag"] == result["persistent"], key
+    first = results[0]
+    for one, other in [((0, 1), (1, 1)), ((0, 1), (2, 1)), ((0, 1), (3, 1)), ((0, 4), (1, 4)), ((2, 4), (3, 4))]:
+        assert all(torch.equal(first[one]["state"][name], first[other]["state"][name]) for name in state)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_host_reads_only_when_somebody_asks(stage: int) -> None:
+    run_ranks(uniform_workers.reads, 2, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(stage: int) -> None:
+    run_ranks(uniform_workers.skipped_step, 2, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_parameters_keep_counts_of_their_own(ranks: int, stage: int) -> None:
+    run_ranks(uniform_workers.heads_used_by_turns, ranks, stage)
+
+
+def test_ranks_that_touch_different_parameters_are_told_and_lose_nothing() -> None:
+    for message in run_ranks(uniform_workers.ranks_that_differ, 2):
+        assert "ran different programs in optimizer step 1" in message
+        assert "no weight was changed" in message
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_scheduler_asks_at_every_step(stage: int) -> None:
+    run_ranks(uniform_workers.scheduler_asks, 2, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_goes_on(stage: int, tmp_path: Path) -> None:
+    run_ranks(uniform_workers.save_and_continue, 2, stage, str(tmp_path))
