@@ -127,7 +127,7 @@ class StatisticsExchange:
         rows = self._gather(facts, [float(facts.stop), float(made_of)])
         total, digests = rows.sum(0), rows[:, STATISTICS]
         judged = _judge(total, clip)
-        agree = digests.amax() == digests.amin()
+        agree = digests.max() == digests.min()
         verdict = Verdict(judged.factor, torch.logical_and(judged.keep, agree), judged.norm)
         if touched:
             self._skipped = self._skipped + 1 - verdict.keep.to(torch.float32)

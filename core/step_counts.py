@@ -101,7 +101,7 @@ class DeviceStepCounts(StepCounts):
     def __getitem__(self, name: str) -> int:
         cohort = self._cohorts[name]
         if cohort not in self._read:
-            self._read[cohort] = int(self._accelerator.to_host(self._counts[cohort]))
+            self._read[cohort] = int(self._accelerator.read_host(self._counts[cohort], tag="state")[0])
         return self._read[cohort]
 
     def __setitem__(self, name: str, count: int) -> None:
