@@ -7,7 +7,7 @@ long as the slot holds its unit; when the slot is taken, the parameter keeps its
 as NaN. Slots are written through a buffer of their own, which leaves the parameters' version counters alone.
 
 Where the accelerator has no views, a slot is only a number: the unit is gathered into memory made for this use, its
-parameters are written from there, and the memory is given back. Autograd then keeps what it saved alive by itself.
+parameters are written from there, and the memory is given back. What autograd saves of them is in saved_weights.py.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class GatherSlots:
         self._made: dict[int, dict[str, Tensor]] = {}  # slot -> region -> what was gathered for one use
         self._arriving: dict[int, list[Work]] = {}
         self._bound: dict[str, int] = {}  # unit -> the slot that its parameters are views of
+        self.versions: dict[str, int] = {}  # parameter bound for one use -> its version counter at that time
 
     def bring(self, unit: str, slot: int) -> None:
         """Have the unit's current weights in the slot and its parameters bound to them."""
@@ -70,6 +71,10 @@ class GatherSlots:
                 shard = self.state.weights[region]
                 works.append(self.accelerator.collectives.fetch(target, shard, self.state.group, tag=TAG))
         self._arriving[slot] = works
+
+    def is_bound(self, unit: str) -> bool:
+        """True if the unit's parameters are its current weights."""
+        return unit in self._bound
 
     def owns_slot(self, unit: str) -> bool:
         """True if no other unit uses this unit's slot."""
@@ -130,6 +135,8 @@ class GatherSlots:
         for region, whole in parts.items():
             for placement in self.plan.region_by_name[region].placements:
                 self.state.bind(placement, whole)
+                if not self._kept:
+                    self.versions[placement.name] = self.state.parameters[placement.name]._version
         self._give_back(slot)
 
     def _unbind(self, unit: str) -> None:
@@ -137,6 +144,7 @@ class GatherSlots:
         for region in self.plan.unit_by_name[unit].regions:
             for placement in self.plan.region_by_name[region].placements:
                 self.state.unbind(placement)
+                self.versions.pop(placement.name, None)
 
     def _allocate(self, size: int) -> Tensor:
         return self.accelerator.memory.empty((size,), torch.uint8, tag=MEMORY_TAG)

@@ -21,6 +21,7 @@ from torch.autograd.graph import Node
 
 from windlass.core.gather_slots import GatherSlots
 from windlass.core.plan import Plan
+from windlass.core.saved_weights import SavedWeights
 from windlass.core.state import STALE_WEIGHTS, ModelState
 from windlass.core.trees import iterate_tensors, map_tensors
 
@@ -33,6 +34,7 @@ class _Call:
     generation: int  # of the weights
     inputs: int = 0  # how many gradients of inputs (or nodes, see _watch_nodes) end the call
     inputs_awaited: int = 0
+    hooked: bool = False  # it put the hooks of SavedWeights up, and takes them down
     in_backward: bool = False
     closed: bool = False
 
@@ -60,6 +62,8 @@ class Residency:
         self._expects_more = expects_more
         self._slots = GatherSlots(state)
         self._table = self._slots.table
+        per_use = self.plan.rules.buffers == "per_use"  # where slots are kept, autograd saves views of them
+        self._saved = SavedWeights(state.parameters, self._slots.versions, self._weights_of, wanted=per_use)
         self._generation = 0
         taking_turns = [unit.name for unit in self.plan.units if not self._slots.owns_slot(unit.name)]
         self._ahead_in_forward = _following(taking_turns, self.plan.prefetch)
@@ -116,7 +120,9 @@ class Residency:
             if not torch.is_grad_enabled():
                 return None
             watch = self._make_watch(call)
-            return map_tensors(watch, args), map_tensors(watch, kwargs)
+            args, kwargs = map_tensors(watch, args), map_tensors(watch, kwargs)
+            call.hooked = self._saved.begin()
+            return args, kwargs
 
         return _untraced(before)
 
@@ -137,6 +143,8 @@ class Residency:
             if not self._stacks[path]:
                 return None  # the pass was abandoned
             call = self._stacks[path].pop()
+            if call.hooked:
+                self._saved.end()
             for _, slot in call.places:
                 self._table.release(slot)
             replaced = any(self._is_weight(tensor) for tensor in iterate_tensors(output))
@@ -271,6 +279,7 @@ class Residency:
     def begin_forward(self) -> None:
         """The model is called; whatever an unfinished pass left in use is over."""
         self._stacks.clear()
+        self._saved.reset()
         self._open_backward.clear()
         self._seen_in_backward.clear()
         self._in_backward = False
@@ -299,6 +308,7 @@ class Residency:
     def weights_changed(self) -> None:
         """After an update: nothing in the slots is current."""
         self._slots.invalidate()
+        self._saved.weights_changed()
         for slot in self._held:
             self._table.release(slot)
         self._held.clear()
@@ -325,6 +335,14 @@ class Residency:
         if torch.is_grad_enabled() and slot not in self._held:
             self._held.append(slot)
             self._table.acquire(slot)
+
+    def _weights_of(self, name: str) -> Tensor:
+        """A parameter's weights for a node that saved them: brought by its call, or now if the gradient came round
+        it."""
+        unit = self.plan.placement_by_name[name][0].unit
+        if not self._slots.is_bound(unit):
+            self._read_outside_of_calls(unit)
+        return self.state.parameters[name].detach()
 
     def close(self) -> None:
         """Remove the hooks and give the slots back. Parameters keep their shapes and read as NaN."""
