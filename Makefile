@@ -2,16 +2,22 @@
 #   make train        train the built-in recipe on 2 ranks      make test         run the test suite, in minutes
 #   make lint         formatting, lint and types                make bench-peers  compare with peers on this machine
 #   make mutants      broken backends, and which test of the suite catches each
+#   make test-xla     the XLA tests and conformance levels 0 to 3 on torch_xla, on this machine's CPU; makes .venv-xla
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint mutants bench-peers clean
+.PHONY: help train test test-slow test-xla lint mutants bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
+
+# torch_xla works with one version of torch only, so it has an environment of its own.
+XLA := .venv-xla
+XLA_BIN := $(XLA)/bin
+XLA_PIP := $(XLA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 # The first interpreter that is new enough; override with `make PYTHON=/path/to/python test`.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
@@ -20,9 +26,13 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 help:
 	@grep '^#   ' Makefile | cut -c5-
 
-$(BIN)/python:
+define new_environment
 	@[[ -n "$(PYTHON)" ]] || { echo "windlass needs Python 3.11 or newer: install one, or say make PYTHON=<path>." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(1)
+endef
+
+$(BIN)/python:
+	$(call new_environment,$(VENV))
 
 # torch goes first and alone: pip then settles on the pinned build before it reads what else wants torch.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
@@ -37,6 +47,20 @@ $(VENV)/.installed-develop: $(VENV)/.installed
 	$(PIP) -e '.[test,develop]'
 	touch $@
 
+$(XLA_BIN)/python:
+	$(call new_environment,$(XLA))
+
+# All that comes from outside: continuous integration keeps a copy of it. The wheel of torch_xla brings an old torchax
+# along, without what it needs, and writes it over the right one: torchax comes last.
+$(XLA)/.dependencies: constraints-xla.txt | $(XLA_BIN)/python
+	$(XLA_PIP) -r constraints-xla.txt
+	$(XLA_PIP) --force-reinstall $$(grep ^torchax== constraints-xla.txt)
+	touch $@
+
+$(XLA)/.installed: pyproject.toml $(XLA)/.dependencies
+	$(XLA_PIP) --no-build-isolation -e .
+	touch $@
+
 train: $(VENV)/.installed
 	$(BIN)/windlass train --ranks 2
 
@@ -45,6 +69,14 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -q -m slow
+
+# Most of its time goes into compiling, on every rank anew: XLA's CPU cannot keep programs for the next process. Without
+# optimisation that takes half as long.
+test-xla: export PJRT_DEVICE ?= CPU
+test-xla: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-xla: $(XLA)/.installed
+	$(XLA_BIN)/python -m pytest -q tests/xla
+	$(XLA_BIN)/windlass conform --accelerator xla --level 3 $(if $(REPORT),--report $(REPORT))
 
 lint: $(VENV)/.installed-develop
 	$(BIN)/ruff format --check .

@@ -34,6 +34,10 @@ class Environment:
     """WINDLASS_BACKENDS: the backends that may be loaded at all; None allows every one."""
     simulation: str = ""
     """WINDLASS_SIM: what the simulated accelerator simulates, as `windlass.backends.sim.settings` reads it."""
+    pjrt_device: str = ""
+    """PJRT_DEVICE: the client through which torch_xla reaches its device, CPU or TPU; empty: it is chosen."""
+    debug: bool = False
+    """WINDLASS_DEBUG: whether to make costly checks, such as comparing the ranks' programs before they are run."""
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -58,7 +62,15 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         accelerator=source.get("WINDLASS_ACCELERATOR", "").strip() or None,
         backends=_names(source, "WINDLASS_BACKENDS"),
         simulation=source.get("WINDLASS_SIM", "").strip(),
+        pjrt_device=source.get("PJRT_DEVICE", "").strip().upper(),
+        debug=_switch(source, "WINDLASS_DEBUG"),
     )
+
+
+def prefer_variable(name: str, value: str) -> None:
+    """Set a variable that a vendor's package reads, unless the user has set it."""
+    if not os.environ.get(name):
+        os.environ[name] = value
 
 
 def _whole_number(
@@ -88,6 +100,13 @@ def _seconds(source: Mapping[str, str], name: str, default: float) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a number of seconds above 0, got {text!r}")
     return value
+
+
+def _switch(source: Mapping[str, str], name: str) -> bool:
+    text = source.get(name, "").strip()
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{name} must be 1 or 0, got {text!r}")
+    return text == "1"
 
 
 def _names(source: Mapping[str, str], name: str) -> tuple[str, ...] | None:

@@ -340,7 +340,7 @@ class Accelerator(ABC):
         """Read a small device vector on the host: the one sanctioned place where a step may block.
 
         Reads tagged "step" belong to an optimizer step, which makes at most one between two boundaries. Other tags
-        are for what a user asks for besides, such as an evaluation.
+        are for what a user asks for besides: an evaluation, or what a step that is over came to.
         """
         self.counters.host_reads += 1
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from windlass.accelerator.kernels import REFERENCE, Kernel, KernelSchema
+from windlass.accelerator.polar import Coefficients
 
 # Layout of the `scalars` vector of adamw: one small device vector per group and step count, so that a new
 # learning rate recompiles nothing. The complements are passed because 1 - beta in fp32 loses five digits.
@@ -16,6 +17,11 @@ ADAMW_SCALARS = (
     "lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay",
     "bias_correction1", "bias_correction2",
 )  # fmt: skip
+
+_SUBNORMAL = (
+    "where the device's own arithmetic takes numbers below 2^-126 for zero, each of them, given, found on the way or "
+    "returned, may be a zero of its sign"
+)
 
 ADAMW = KernelSchema(
     name="adamw",
@@ -28,7 +34,8 @@ ADAMW = KernelSchema(
     rounding="fp32 throughout; low is weight rounded to nearest even",
     tolerance=(
         "4 ulp of fp32 of the largest term of each sum; the update in weight, itself a quotient of such sums, "
-        "16 ulp of its own; equal bits however the vector is sliced"
+        "16 ulp of its own; equal bits however the vector is sliced, which a reference need not give on a lazy device, "
+        f"whose compiler rounds a product or not before it is added to something; {_SUBNORMAL}"
     ),
 )
 
@@ -39,7 +46,7 @@ SQUARE_SUM = KernelSchema(
     ),
     consumes=(),
     rounding="fp32 products; sums in fp32 or wider, rounded to fp32; the order of summation depends on n only",
-    tolerance="1e-6 relative for any n, by blocked or pairwise summation",
+    tolerance=f"1e-6 relative for any n, by blocked or pairwise summation; {_SUBNORMAL}",
 )
 
 SCALE_CAST = KernelSchema(
@@ -47,10 +54,31 @@ SCALE_CAST = KernelSchema(
     signature="(destination any float[n], source any float[n], scale f32[]) -> destination = cast(scale * source)",
     consumes=("destination",),
     rounding="product in fp32, then to nearest even in the dtype of destination",
-    tolerance="exact",
+    tolerance=f"exact; {_SUBNORMAL}",
 )
 
-SCHEMAS = (ADAMW, SQUARE_SUM, SCALE_CAST)
+POLAR = KernelSchema(
+    name="polar",
+    signature=(
+        "(stack f32|bf16|f16[b, n, m], coefficients: tuple of (a, b, c), one per step, "
+        "*, product_dtype: torch.dtype, f32 (the default)|bf16|f16) -> polar factors, as stack"
+    ),
+    consumes=(),
+    rounding=(
+        "scaling in fp32; factors of products are rounded to product_dtype and their terms added in fp32; what lies "
+        "between products is of product_dtype or wider; the result is rounded to the dtype of stack"
+    ),
+    tolerance=(
+        "of the error of U p(S) V^T in the Frobenius norm, for a matrix U S V^T divided by its norm and p the steps "
+        "one after the other: what noise becomes by the slopes of the later steps if scaling adds 2 units in the last "
+        "place of fp32 of S, and each step, spread evenly over the matrix, a unit of product_dtype and 2 of fp32 of "
+        "|a| S + |b| S^3 + |c| S^5; half a unit of the result's dtype at last. Its largest singular value is within 4 "
+        "units of the largest that p takes in [0, 1]. A zero matrix gives zeros, zero rows and columns stay zero, and "
+        "a matrix with inf or nan gives nan and spoils no other of the stack"
+    ),
+)
+
+SCHEMAS = (ADAMW, SQUARE_SUM, SCALE_CAST, POLAR)
 
 
 def adamw(
@@ -97,9 +125,39 @@ def scale_cast(destination: Tensor, source: Tensor, scale: Tensor) -> Tensor:
     return destination.copy_(source.to(torch.float32) * scale)
 
 
+def polar(stack: Tensor, coefficients: Coefficients, *, product_dtype: torch.dtype = torch.float32) -> Tensor:
+    """The orthogonal polar factor of each matrix, approximated by Newton-Schulz in its standard form.
+
+    A step is X <- a X + (b A + c A^2) X with A = X X^T on the smaller side. Matrices are scaled by their largest
+    element before their norm is taken, which then neither overflows nor vanishes, however large or small they are.
+    `windlass.accelerator.polar` has named coefficients; they are static, as is the dtype of the products.
+    """
+    x = stack.to(torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    if x.numel() == 0:
+        return stack.clone()
+    x = x / _unless_zero(x.abs().amax((-2, -1), keepdim=True))
+    x = x / _unless_zero((x * x).sum((-2, -1), keepdim=True).sqrt())
+    x = x.to(product_dtype)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.mT if tall else x).to(stack.dtype).contiguous()
+
+
+def _unless_zero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+
 def reference_kernels() -> tuple[Kernel, ...]:
     """All references, lowest priority."""
     return tuple(
         Kernel(name, REFERENCE, function, priority=0)
-        for name, function in (("adamw", adamw), ("square_sum", square_sum), ("scale_cast", scale_cast))
+        for name, function in (
+            ("adamw", adamw),
+            ("square_sum", square_sum),
+            ("scale_cast", scale_cast),
+            ("polar", polar),
+        )
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -19,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from windlass.accelerator.interface import Accelerator
 from windlass.core.exchange import gather_json
 from windlass.core.plan import Region
 from windlass.core.specs import dtype_from_name, dtype_name
 from windlass.core.state import MOMENTS, WEIGHT, ModelState
+
+logger = logging.getLogger("windlass")
 
 FORMAT = (1, 0)
 LATEST = "latest"
@@ -76,6 +80,7 @@ def save_checkpoint(directory: Path, tag: str, state: ModelState, extra: dict[st
                 "plan": {"hash": state.plan.hash, "stage": state.plan.stage, "ranks": group.size},
                 "steps": dict(state.steps),
                 "rng": [one["rng"] for one in gathered],
+                "rng_of": _kind(accelerator),
                 "tensors": [entry for one in gathered for entry in one["entries"]],
                 **extra,
             })  # fmt: skip
@@ -113,10 +118,17 @@ def load_checkpoint(directory: Path, tag: str | None, state: ModelState) -> dict
     for name, count in manifest["steps"].items():
         if name in state.steps:
             state.steps[name] = int(count)
-    if state.group.rank < len(manifest["rng"]):
+    if manifest.get("rng_of", _kind(state.accelerator)) != _kind(state.accelerator):
+        logger.info("random numbers do not continue: checkpoint %s is of %s", path, manifest["rng_of"])
+    elif state.group.rank < len(manifest["rng"]):
         raw = bytearray(base64.b64decode(manifest["rng"][state.group.rank]))
         state.accelerator.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
     return manifest
+
+
+def _kind(accelerator: Accelerator) -> str:
+    """ "cuda" of "cuda:1": random states mean something to the same kind of accelerator only."""
+    return accelerator.name.partition(":")[0]
 
 
 def read_manifest(directory: Path, tag: str | None) -> tuple[dict[str, Any], Path]:

@@ -18,6 +18,7 @@ from windlass.core.adamw import AdamWSettings, Update
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
 from windlass.core.residency import Residency
+from windlass.core.scalars import send_scalar
 from windlass.core.state import STALE_WEIGHTS, ModelState
 from windlass.core.statistics import HostStatistics, LocalFacts, Outcome, StatisticsExchange, StepReport
 
@@ -129,8 +130,7 @@ class Executor:
             self.residency.settle()
         self.gradients.finish()
         uniform = self.plan.rules.program == "uniform"
-        # A host number may change from step to step; sent as data it does not become a part of the program.
-        unscale = torch.tensor(1.0 / (loss_scale * self.group.size), dtype=torch.float32).to(self.accelerator.device)
+        unscale = send_scalar(1.0 / (loss_scale * self.group.size), self.accelerator.device)
         if uniform and any(late := self.gradients.leftovers()):
             self.gradients.reduce_again(late)  # the same units on every rank
         facts = self._facts(unscale, loss, stop)

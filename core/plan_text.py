@@ -71,7 +71,7 @@ def render_plan(plan: Plan) -> str:
         lines += _traffic(title, part)
     if rules.buffers == "per_use" and plan.slot_bytes:
         largest = format_bytes(sum(plan.slot_bytes))
-        lines.append(f"and, gathered at a time, up to {largest} besides what autograd keeps of it")
+        lines.append(f"and, gathered at a time, up to {largest}")
     lines += ["", "Units, in forward order" + (", with their gather slot" if plan.slot_bytes else "")]
     for unit in plan.units:
         regions = [plan.region_by_name[name] for name in unit.regions]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.planner import STATISTICS
+from windlass.core.scalars import send_scalar
 
 _DIGEST_BITS = 24  # what a float32 holds exactly
 
@@ -95,7 +96,7 @@ class StatisticsExchange:
         self._group = group
         self._names = list(names)
         self._steps = 0
-        self._skipped = torch.zeros((), dtype=torch.float32).to(accelerator.device)
+        self._skipped = send_scalar(0.0, accelerator.device)
 
     def read(self, facts: LocalFacts, clip: float, tag: str) -> tuple[Verdict, HostStatistics]:
         """Exchange what ranks that run different programs must tell each other. One host read, under `tag`."""
@@ -139,7 +140,7 @@ class StatisticsExchange:
         step = self._steps
 
         def find() -> StepReport:
-            norm, finite, loss, stop, same, skipped = self._accelerator.read_host(vector)
+            norm, finite, loss, stop, same, skipped = self._accelerator.read_host(vector, tag="outcome")
             if not same:
                 raise RuntimeError(
                     f"the ranks ran different programs in optimizer step {step} of this engine: their gradients "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator
+from windlass.core.scalars import send_scalar
 
 
 class StepCounts(MutableMapping[str, int]):
@@ -126,4 +127,4 @@ class DeviceStepCounts(StepCounts):
         return self._made - 1
 
     def _make(self, count: int) -> Tensor:
-        return torch.tensor(float(count), dtype=torch.float32).to(self._accelerator.device)
+        return send_scalar(count, self._accelerator.device)

@@ -27,6 +27,9 @@ class ToyAccelerator(Accelerator):
         facets = (cast(Memory, None), Streams(), cast(Collectives, None), kernels)
         capabilities = Capabilities(**{**declared, **lists})
         super().__init__(name, cast(Any, None), *facets, capabilities, counters, {"model": "a toy"})
+        self._lock = os.environ.get("TOY_LOCK")  # a file that only one process may have made
+        if self._lock:
+            os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL))
 
     def seed(self, seed: int) -> None:
         raise AssertionError("nobody draws from a toy")
@@ -40,6 +43,9 @@ class ToyAccelerator(Accelerator):
     def close(self) -> None:
         if os.environ.get("TOY_CLOSES") == "badly":
             raise RuntimeError("the toy is stuck")
+        if self._lock:
+            os.unlink(self._lock)
+            self._lock = None
 
 
 @hookimpl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import logging
 import os
@@ -20,14 +19,11 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from windlass.accelerator.environment import DEFAULT_MASTER
 from windlass.accelerator.errors import WindlassError
 from windlass.job import Host
-
-if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
 
 ERROR_FILE: Final = "TORCHELASTIC_ERROR_FILE"
 """Set by torchrun in each rank: where it writes what went wrong."""
@@ -77,8 +73,9 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            **({"shutdown_timeout": _GRACE_SECONDS} if _can_set_grace(LaunchConfig) else {}),
         )
+        if hasattr(config, "shutdown_timeout"):  # from torch 2.10 on; before that it is 30 seconds
+            config.shutdown_timeout = _GRACE_SECONDS
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
@@ -88,11 +85,6 @@ def start_ranks(command: Sequence[str], num_ranks: int) -> None:
             saved = [_read_error_file(path) for path in sorted(Path(folder).rglob("error.json"))]
             stopped = next((one["message"] for one in saved if one.get("kind") == Interrupted.__name__), None)
             raise RanksFailed(stopped or f"stopped by {error.sigval.name}; all ranks have ended") from error
-
-
-def _can_set_grace(config: type[LaunchConfig]) -> bool:
-    """torch has it from 2.10 on; before that, ranks that are told to end get its own 30 seconds."""
-    return any(one.name == "shutdown_timeout" for one in dataclasses.fields(config))
 
 
 def describe_failures(failures: Sequence[RankFailure], num_ranks: int) -> str:

@@ -8,9 +8,9 @@ so that ranks which disagree get a `CollectiveMismatch` even where no call of on
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from windlass.accelerator.errors import Unsupported, WindlassError
 from windlass.accelerator.interface import LANES, Group, ReduceOp, Work
 from windlass.backends.cpu.checked import CheckedCollectives
 from windlass.backends.cpu.collectives import CpuCollectives
-from windlass.backends.cpu.transport import Call, Transport
+from windlass.backends.cpu.transport import Call, Transport, describe
+from windlass.backends.sim.agreement import Agreement
 from windlass.backends.sim.conductor import Conductor, SimWork
+from windlass.backends.sim.errors import name_calls
 from windlass.backends.sim.faults import Faults, spoil
 from windlass.backends.sim.watcher import unwatched
 
@@ -44,7 +46,7 @@ class LaneTransport(Transport):
     def __init__(self, group: Group, wire: CpuCollectives, conductor: Conductor, faults: Faults) -> None:
         super().__init__(group)
         self._wire = wire
-        self._lanes = {lane: wire.group(group.ranks, f"{group.name}@{lane}") for lane in LANES}
+        self.lanes: Mapping[str, Group] = {lane: wire.group(group.ranks, f"{group.name}@{lane}") for lane in LANES}
         self._conductor = conductor
         self._faults = faults
         self._issued = 0
@@ -70,7 +72,8 @@ class LaneTransport(Transport):
             self._wire.all_to_all(output, input, output_splits, input_splits, at.group, tag=at.tag).wait()
 
         received = output.nbytes - output_splits[self.group.rank] * output.element_size()
-        return self._issue(call, meet, [input], [output], received)
+        splits = {"output_splits": list(output_splits), "input_splits": list(input_splits)}
+        return self._issue(call, meet, [input], [output], received, splits)
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp, call: Call) -> Work:
         def meet(at: Meeting) -> None:
@@ -95,13 +98,14 @@ class LaneTransport(Transport):
         reads: Sequence[Tensor],
         writes: Sequence[Tensor],
         received: int,  # bytes that come from other ranks
+        constants: Mapping[str, Any] | None = None,  # what a program knows of the call besides
     ) -> SimWork:
         if torch.float64 in (call.dtype, call.output_dtype):
             raise Unsupported(f"{call} cannot carry float64, which the simulated device lacks; use float32")
         lane = self._conductor.current_lane
         fault = self._faults.draw(call)
         spoiled = fault is not None and fault.kind == "inf"
-        meeting = Meeting(self._lanes[lane], f"{call.tag}#{self._issued}", spoiled)
+        meeting = Meeting(self.lanes[lane], f"{call.tag}#{self._issued}", spoiled)
         self._issued += 1
 
         def act() -> None:
@@ -110,9 +114,9 @@ class LaneTransport(Transport):
             try:
                 meet(meeting)
             except WindlassError as error:
-                raise type(error)(_name_call(str(error))) from error
+                raise type(error)(name_calls(str(error))) from error
 
-        return self._conductor.issue(
+        work = self._conductor.issue(
             lane,
             act,
             reads=reads,
@@ -121,6 +125,13 @@ class LaneTransport(Transport):
             seconds=self._price(received, reads, writes) + (fault.seconds if fault and fault.kind == "slow" else 0.0),
             in_order=True,
         )
+        if self._conductor.program is not None:
+            # Not which ranks are in the group: one program has the same collective in all groups that lie side by side.
+            inputs = [one for one in reads if not any(one is other for other in writes)]
+            given = {"outputs": list(writes), "inputs": inputs, **(constants or {})}
+            what = f"{describe(call.words, call.tag)} in group {self.group.name!r} of {self.group.size}"
+            self._conductor.program.command(what, given, adopted=(*reads, *writes), meets=True)
+        return work
 
     def _price(self, received: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> float:
         """Simulated seconds: over the network, or within the device for a rank alone."""
@@ -166,16 +177,9 @@ class SimCollectives(CheckedCollectives):
 
     def _open_lanes(self, group: Group) -> None:
         transport = LaneTransport(group, self._wire, self._conductor, self._faults)
+        program = self._conductor.program
+        if program is not None and group == self.world and group.size > 1:
+            agreement = Agreement(self._wire, transport.lanes, self._conductor, program)
+            self._conductor.at_boundary.append(agreement.require)
         if group.rank >= 0:
             self._transports[group.name, group.ranks] = transport
-
-
-def _name_call(text: str) -> str:
-    """The text of an error of the wire, with "'weights#7'" read as "'weights' (call 7 of its group)"."""
-
-    def name(found: re.Match[str]) -> str:
-        tag, number = found.groups()
-        counted = f"(call {int(number) + 1} of its group)"
-        return f"{tag!r} {counted}" if tag else counted
-
-    return re.sub(r"'([^']*)#(\d+)'", name, text)

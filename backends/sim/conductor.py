@@ -18,6 +18,7 @@ from windlass.backends.sim.clock import Clock
 from windlass.backends.sim.errors import HostReadRefused
 from windlass.backends.sim.lanes import LaneThreads
 from windlass.backends.sim.ledger import Ledger, Past, Touch
+from windlass.backends.sim.program import Program
 from windlass.backends.sim.storages import Storages, address_of, extent, overlaps, poison
 from windlass.backends.sim.watcher import unwatched
 from windlass.backends.sim.works import SimEvent, SimWork
@@ -39,6 +40,7 @@ class Conductor:
         self.clock = Clock(machine)
         self.ledger = Ledger(LANES)
         self.storages = Storages(self.ledger)
+        self.program = Program() if settings.uniform else None
         self.at_boundary: list[Callable[[], None]] = []
         self._settings = settings
         self._draws = {lane: random.Random(f"{settings.seed} {rank} {lane}") for lane in LANES}
@@ -174,6 +176,8 @@ class Conductor:
                     "what is no part of the step"
                 )
         self.operation("read_host", reads=(tensor,))
+        if tag == "step" and self.program is not None:
+            self.program.read(tensor)
         with unwatched():
             return [float(value) for value in tensor.detach().reshape(-1).tolist()]
 
@@ -199,8 +203,14 @@ class Conductor:
         """Block the host until the works are over; what failed is raised."""
         self._threads.block(works)
 
+    def block_until_failed(self, works: frozenset[SimWork]) -> None:
+        """Block the host until the works are over or one has failed, which is raised."""
+        self._threads.block_until_failed(works)
+
     def synchronize(self) -> None:
         """Block the host until everything is over."""
+        if self.program is not None:
+            self.program.synchronized()
         self._threads.drain()
         self._threads.raise_unreported()
         self.ledger.join_all(self.storages.all())
@@ -212,6 +222,8 @@ class Conductor:
         """The end of a step."""
         self._threads.raise_unreported()
         self._host_reads = 0
+        if self.program is not None:
+            self.program.end()
         for action in self.at_boundary:
             action()
         self.storages.sweep()

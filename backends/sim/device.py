@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from windlass.accelerator.counters import Counters
+from windlass.accelerator.counters import Counters, ProgramCounts
 from windlass.accelerator.environment import read_environment
+from windlass.accelerator.errors import Unsupported
 from windlass.accelerator.interface import Accelerator, Capabilities
 from windlass.backends.sim.collectives import SimCollectives
 from windlass.backends.sim.conductor import Conductor
@@ -43,6 +45,18 @@ class SimAccelerator(Accelerator):
         """As promised by the interface. `HostReadRefused` for one "step" more than the settings allow."""
         self.counters.host_reads += 1
         return self._conductor.read_host(tensor, tag)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        program = self._conductor.program
+        with nullcontext() if program is None else program.paused():
+            return super().to_host(tensor)
+
+    def program_counts(self) -> ProgramCounts:
+        """How many different programs this rank has run, and how many in all. Raises Unsupported unless the device
+        compiles: `uniform=true` in WINDLASS_SIM."""
+        if self._conductor.program is None:
+            raise Unsupported(f"{self.name} compiles no programs that could be counted; set WINDLASS_SIM=uniform=true")
+        return self._conductor.program.counts
 
     def clock(self) -> float:
         """Simulated seconds once all issued work is over."""
@@ -89,6 +103,8 @@ def open_sim(index: int = 0, settings: SimSettings | None = None) -> SimAccelera
             views=settings.views,
             asynchronous_lanes=True,
             ordered_reduction=True,
+            uniform_program=settings.uniform,
+            lazy=settings.uniform,
             host_place=True,
             disk_place=True,
             shared_device=True,

@@ -49,11 +49,16 @@ class SimKernels(Kernels):
             moved = 2 * sum(tensor.nbytes for tensor in consumed) + sum(tensor.nbytes for tensor in kept)
             what = f"kernel {kernel.name!r}"
             conductor.operation(what, reads=kept, updates=consumed, seconds=conductor.clock.operation_seconds(moved))
+            if conductor.program is not None:
+                conductor.program.command(what, given.arguments, adopted=tensors.values())
             with unwatched():
                 given.arguments.update({name: tensor.clone() for name, tensor in tensors.items()})
                 results = kernel.function(*given.args, **given.kwargs)
             made = results if isinstance(results, tuple) else (results,)
-            conductor.produced(what, [one for one in made if isinstance(one, Tensor)])
+            produced = [one for one in made if isinstance(one, Tensor)]
+            conductor.produced(what, produced)
+            if conductor.program is not None:
+                conductor.program.produced(produced)
             conductor.consume(consumed, what)
             return results
 

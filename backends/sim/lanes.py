@@ -59,6 +59,14 @@ class LaneThreads:
             self._changed.wait_for(lambda: all(work.complete for work in works))
         self.raise_failed(works)
 
+    def block_until_failed(self, works: frozenset[SimWork]) -> None:
+        """Wait until the works are over, or one of them has failed, and raise that."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(work.complete for work in works) or any(work.error is not None for work in works)
+            )
+        self.raise_failed(works)
+
     def drain(self) -> None:
         """Wait until everything is over."""
         with self._changed:

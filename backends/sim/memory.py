@@ -101,6 +101,8 @@ class SimMemory(Memory):
             tensor = tensor.view(tuple(shape))
         self._allocations[address_of(tensor)] = _Allocation(tensor, place, tag, nbytes, reserved)
         self._conductor.storages.track(tensor, f"allocation {tag!r}")
+        if self._conductor.program is not None:
+            self._conductor.program.enter(tensor, tag, on_device=place is Place.DEVICE)
         account.add(tag, nbytes, reserved)
         return tensor
 
@@ -137,6 +139,9 @@ class SimMemory(Memory):
             in_order=False,
             after=after,
         )
+        if self._conductor.program is not None and Place.DEVICE in places:
+            given = {"destination": target, "source": origin}
+            self._conductor.program.command(f"copy {tag!r}", given, adopted=(target,))
         self._counters.count_copy(_COPY_KINDS.get(places, "host"), tag, nbytes)
         return work
 
@@ -175,6 +180,8 @@ class SimMemory(Memory):
                 handle.data = new
                 storages.move(old, new, "was moved at the boundary: a slice of it may not be kept over one")
                 poison(old)
+            if self._conductor.program is not None:
+                self._conductor.program.enter(new, allocation.tag, on_device=allocation.place is Place.DEVICE)
             del self._allocations[address]
             self._allocations[address_of(handle)] = allocation
 

@@ -48,6 +48,8 @@ class SimSettings:
     """A work really takes this many times its simulated duration."""
     host_reads: int = 1
     """Host reads tagged "step" that are allowed between two boundaries."""
+    uniform: bool = False
+    """Whether the device is one that compiles: all ranks must run the same program between two boundaries."""
     fault: Fault | None = None
 
 
@@ -125,6 +127,7 @@ _READERS: Final[dict[str, Callable[[str, str], Any]]] = {
     "delay_ms": _read_amount,
     "pace": _read_amount,
     "host_reads": _whole_number(0),
+    "uniform": _read_flag,
     "fault": _read_fault,
 }
 _FAULT_READERS: Final[dict[str, Callable[[str, str], Any]]] = {

@@ -23,6 +23,7 @@ from windlass.backends.sim.storages import address_of
 
 if TYPE_CHECKING:
     from windlass.backends.sim.conductor import Conductor
+    from windlass.backends.sim.program import Program
 
 _MUST_NOT_READ_HOST: Final = ("windlass.core", "windlass.accelerator")
 _INSIDE: Final = ("torch", "windlass.backends")  # whose frames only carry out what somebody else asked for
@@ -75,6 +76,7 @@ class Watcher(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.conductors: list[Conductor] = []
+        self.programs: list[Program] = []  # of those of them that compile
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -88,19 +90,25 @@ class Watcher(TorchDispatchMode):
             return func(*args, **named)
         facts = _facts.get(func) or _describe(func)
         if facts.no_access or (facts.view and not facts.may_copy):
-            return func(*args, **named)
+            result = func(*args, **named)
+            if facts.no_access and self.programs:
+                self._follow(args, result)
+            return result
         reads, updates, writes = _sort(facts, args, named)
         if facts.view:
             result = func(*args, **named)
             if isinstance(result, Tensor) and reads and address_of(result) != address_of(reads[0]):
                 self._enter(func, reads, (), ())
                 self._leave(func, facts, reads, result, args, named)
+                self._record(func, reads, (), result, args, named)
             return result
-        if facts.host_read or (facts.indexes and _has_mask(args)):
+        reads_host = facts.host_read or (facts.indexes and _has_mask(args))
+        if reads_host:
             _require_may_read(func)
         self._enter(func, reads, updates, writes)
         result = func(*args, **named)
         self._leave(func, facts, [*reads, *updates, *updates, *writes], result, args, named)
+        self._record(func, reads, [*updates, *writes], result, args, named, is_host_read=reads_host)
         return result
 
     def _enter(
@@ -108,6 +116,31 @@ class Watcher(TorchDispatchMode):
     ) -> None:
         for conductor in self.conductors:
             conductor.operation(func, reads=reads, updates=updates, writes=writes)
+
+    def _record(
+        self,
+        func: OpOverload,
+        reads: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        result: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        is_host_read: bool = False,
+    ) -> None:
+        if not self.programs:
+            return
+        made: list[Tensor] = []
+        _collect(result, made)
+        for program in self.programs:
+            program.operation(func, args, kwargs, reads=reads, writes=writes, made=made, is_host_read=is_host_read)
+
+    def _follow(self, args: Sequence[Any], result: Any) -> None:
+        model: list[Tensor] = []
+        made: list[Tensor] = []
+        _collect(args, model)
+        _collect(result, made)
+        for program in self.programs:
+            program.follow(model, made)
 
     def _leave(
         self,
@@ -139,6 +172,8 @@ def watch(conductor: Conductor) -> None:
         watcher = _of_thread.watcher = Watcher()
         watcher.__enter__()  # type: ignore[no-untyped-call]
     watcher.conductors.append(conductor)
+    if conductor.program is not None:
+        watcher.programs.append(conductor.program)
     _watching[conductor] = watcher
 
 
@@ -148,6 +183,8 @@ def unwatch(conductor: Conductor) -> None:
     if watcher is None:
         return
     watcher.conductors.remove(conductor)
+    if conductor.program is not None:
+        watcher.programs.remove(conductor.program)
     # Modes are left in the order in which they were entered; one that lies deeper stays, and sees nothing.
     if not watcher.conductors and _of_thread.watcher is watcher and _get_current_dispatch_mode() is watcher:
         watcher.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import uniform_workers
+from scenarios import CASES, EVENTS, PER_RANK, USES
+from windlass.conformance import precision_workers
 from windlass.conformance.rank_pool import run_ranks
-from windlass.conformance.training import distance, train_oracle
+from windlass.conformance.training import assert_equals_oracle, distance, train_grid, train_oracle
 
 STAGES = [0, 1, 2, 3]
+
+
+def run_on_sim(monkeypatch: pytest.MonkeyPatch, worker: Any, num_ranks: int, *args: Any) -> list[Any]:
+    """On the device that compares the operations of the ranks one by one."""
+    monkeypatch.setenv("WINDLASS_SIM", "seed=5,uniform=true")
+    return run_ranks(worker, num_ranks, *args, accelerator="sim")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_stage_is_one_program_on_all_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, norms = train_oracle("Network", 3)
+    for rank in run_on_sim(monkeypatch, train_grid, ranks, "Network", STAGES, [1, 4], 3):
+        for key, result in rank.items():
+            assert max(distance(result["state"], state).values()) < 1e-6, key
+            assert result["norms"] == pytest.approx(norms, rel=2e-6)
+            assert result["measured"] == result["predicted"], key
+            assert result["by_tag"] == result["persistent"], key
+            assert result["host_reads"] == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PER_RANK])
+def test_corner_case_is_one_program_on_all_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for result in run_on_sim(monkeypatch, train_grid, 2, case, STAGES, [1, 2], 3)[0].values():
+        assert_equals_oracle(result["state"], case, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("scenario", [*EVENTS, *USES], ids=lambda one: one.__name__)
+def test_scenario_is_one_program_on_all_ranks(scenario: Any, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on_sim(monkeypatch, scenario, 2, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_one_program_on_all_ranks(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on_sim(monkeypatch, precision_workers.low_precision_against_oracle, 2, stage, "bf16")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -155,6 +155,52 @@ def test_a_warning_that_a_test_ignores_is_no_failure(suite: ToySuite) -> None:
     assert suite.run().statuses == {"test_l0_one.py::test_one": "passed"}
 
 
+VENDOR = """
+import toy_workers
+
+@requires(level=0, must="A framework may warn.")
+def test_here():
+    import vendor
+    vendor.warn("here")
+
+@requires(level=0, must="It may on ranks.")
+def test_on_ranks(run):
+    assert run(toy_workers.use_vendor, 1) == [None]
+
+@requires(level=0, must="Nobody else may.")
+def test_own():
+    toy_workers.warn()
+
+@requires(level=0, must="Nobody else may on ranks.")
+def test_own_on_ranks(run):
+    run(toy_workers.warn, 1)
+"""
+
+
+def test_warnings_of_packages_of_others_are_reported_and_no_failures(suite: ToySuite) -> None:
+    metadata = suite.site / "vendor-3.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vendor\nVersion: 3.0\n")
+    (metadata / "top_level.txt").write_text("vendor\n")
+    source = "import warnings\ndef warn(where):\n    warnings.warn(f'old things {where}', DeprecationWarning)\n"
+    (suite.site / "vendor.py").write_text(source)
+    (suite.site / "toy_workers.py").write_text(
+        "import warnings\n"
+        "def use_vendor():\n    import vendor\n    vendor.warn('there')\n"
+        "def warn():\n    warnings.warn('own things')\n"
+    )
+    suite.write("test_l0_vendor.py", VENDOR)
+    outcome = suite.run()
+    assert [outcome.statuses[f"test_l0_vendor.py::test_{name}"] for name in ("here", "on_ranks")] == ["passed"] * 2
+    assert outcome.message("test_l0_vendor.py::test_own").startswith("UserWarning: own things")
+    assert outcome.message("test_l0_vendor.py::test_own_on_ranks").startswith("Rank 0: UserWarning: own things")
+    assert outcome.report["foreign_warnings"] == [
+        "DeprecationWarning: old things here (site/vendor.py)",
+        "DeprecationWarning: old things there (site/vendor.py)",
+    ]
+    assert "Packages of others gave 2 warnings" in outcome.output
+
+
 @pytest.mark.parametrize("mark", ["@pytest.mark.skip(reason='later')", "@pytest.mark.xfail(strict=False)"])
 def test_marks_that_excuse_a_test_are_failures(suite: ToySuite, mark: str) -> None:
     suite.write("test_l0_one.py", f'{mark}\n@requires(level=0, must="It holds.")\ndef test_one(): pass\n')

@@ -122,6 +122,7 @@ def test_the_report_has_schema_1() -> None:
         undeclared={"test_l0_a.py::test_a": ["float64"]},
         kernels=[],
         rates=[],
+        foreign_warnings=["UserWarning: careful (vendor/core.py)"],
         expected_failures=[],
     )
     assert {**report, "levels": report["levels"][:2]} == {
@@ -143,6 +144,7 @@ def test_the_report_has_schema_1() -> None:
         ],
         "kernels": [],
         "rates": [],
+        "foreign_warnings": ["UserWarning: careful (vendor/core.py)"],
         "under_declared": ["float64"],
         "expected_failures": [],
     }  # fmt: skip

@@ -40,6 +40,23 @@ def test_a_test_that_hangs_fails_and_the_run_goes_on(suite: ToySuite) -> None:
     assert [outcome.statuses[f"test_l0_hang.py::{name}"] for name in ("test_later", "test_ranks")] == ["passed"] * 2
 
 
+def test_a_lazy_device_has_more_time(suite: ToySuite) -> None:
+    suite.write(
+        "test_l0_time.py",
+        """
+        @requires(level=0, must="Compiling takes time.")
+        def test_one(request):
+            assert request.node.get_closest_marker("timeout").args == (240.0,)
+
+        @requires(level=0, must="A limit of its own stays.")
+        @pytest.mark.timeout(7.0, method="signal")
+        def test_own(request):
+            assert request.node.get_closest_marker("timeout").args == (7.0,)
+        """,
+    )
+    assert list(suite.run(capabilities={"lazy": True}).statuses.values()) == ["passed"] * 2
+
+
 def test_native_code_that_hangs_ends_the_run_and_says_where(suite: ToySuite) -> None:
     native = """
     import signal, time
@@ -91,6 +108,46 @@ def test_the_callers_job_does_not_disturb(suite: ToySuite) -> None:
     outcome = suite.run(capabilities={"shared_device": True}, variables=job)
     assert list(outcome.statuses.values()) == ["passed", "failed", "passed"], outcome.output
     assert outcome.message("test_l0_job.py::test_failing_rank").startswith("Rank 1: AssertionError: the other one\n")
+
+
+EXCLUSIVE = """
+import toy_workers
+
+@requires(level=0, must="Each test has an open device.")
+@pytest.mark.parametrize("number", range(2))
+def test_open(accelerator, number):
+    assert accelerator._lock
+
+@requires(level=0, must="Ranks open it too.")
+@pytest.mark.parametrize("number", range(2))
+def test_ranks(accelerator, run, number):
+    assert run(toy_workers.open_and_close, 1) == ["toy:0"]
+
+@requires(level=0, must="Ranks that fail do no harm.")
+def test_failing_rank(run):
+    with pytest.raises(Exception, match="the toy broke"):
+        run(toy_workers.fail, 1)
+
+@requires(level=0, must="It is open again.")
+def test_reopened(accelerator):
+    assert accelerator._lock
+"""
+
+
+def test_a_device_that_is_not_shared_is_closed_while_ranks_run(suite: ToySuite, tmp_path: Path) -> None:
+    suite.write("test_l0_exclusive.py", EXCLUSIVE)
+    (suite.site / "toy_workers.py").write_text(
+        "import contextlib, windlass\n"
+        "def open_and_close():\n"
+        "    with contextlib.closing(windlass.open_accelerator()) as accelerator:\n"
+        "        return accelerator.name\n"
+        "def fail():\n"
+        "    raise ArithmeticError('the toy broke')\n"
+    )
+    lock = tmp_path / "lock"
+    outcome = suite.run(variables={"TOY_LOCK": str(lock)})
+    assert list(outcome.statuses.values()) == ["passed"] * 6, outcome.output
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize(

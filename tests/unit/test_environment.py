@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from windlass.accelerator.environment import Environment, read_environment
+from windlass.accelerator.environment import Environment, prefer_variable, read_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -38,6 +38,21 @@ def test_choices_of_the_user() -> None:
     assert read_environment(dict.fromkeys(chosen, "")) == Environment()
 
 
+def test_switches_and_the_client_of_a_runtime() -> None:
+    found = read_environment({"PJRT_DEVICE": " cpu ", "WINDLASS_DEBUG": "1"})
+    assert (found.pjrt_device, found.debug) == ("CPU", True)
+    assert read_environment({"PJRT_DEVICE": "", "WINDLASS_DEBUG": "0"}) == Environment()
+
+
+def test_a_preferred_variable_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    prefer_variable("PJRT_DEVICE", "CPU")
+    assert read_environment().pjrt_device == "TPU"
+    monkeypatch.setenv("PJRT_DEVICE", "")
+    prefer_variable("PJRT_DEVICE", "CPU")
+    assert read_environment().pjrt_device == "CPU"
+
+
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
@@ -50,6 +65,7 @@ def test_choices_of_the_user() -> None:
         ({"WINDLASS_TIMEOUT": "0"}, "WINDLASS_TIMEOUT must be a number of seconds above 0, got '0'"),
         ({"WINDLASS_TIMEOUT": "soon"}, "WINDLASS_TIMEOUT must be a number of seconds above 0, got 'soon'"),
         ({"WINDLASS_TIMEOUT": "inf"}, "WINDLASS_TIMEOUT must be a number of seconds above 0, got 'inf'"),
+        ({"WINDLASS_DEBUG": "yes"}, "WINDLASS_DEBUG must be 1 or 0, got 'yes'"),
         ({"WINDLASS_BACKENDS": "cpu,,cuda"}, "WINDLASS_BACKENDS must be names separated by commas, got 'cpu,,cuda'"),
     ],
 )

@@ -10,13 +10,15 @@ from windlass.backends.sim.settings import Fault, SimSettings, parse_settings
 
 def test_nothing_said_means_the_defaults() -> None:
     assert parse_settings("") == SimSettings(
-        machine="laptop", seed=0, views=False, delay_ms=0.3, pace=0.0, host_reads=1, fault=None
+        machine="laptop", seed=0, views=False, delay_ms=0.3, pace=0.0, host_reads=1, uniform=False, fault=None
     )
 
 
 def test_every_key_is_read() -> None:
-    text = "machine=h200, seed=7,views=true,delay_ms=1.5,pace=2,host_reads=3,fault=slow:rank=1:at=12:seconds=0.5"
-    assert parse_settings(text) == SimSettings("h200", 7, True, 1.5, 2.0, 3, Fault("slow", 1, 12, 0.5))
+    text = (
+        "machine=h200, seed=7,views=true,delay_ms=1.5,pace=2,host_reads=3,uniform=1,fault=slow:rank=1:at=12:seconds=0.5"
+    )
+    assert parse_settings(text) == SimSettings("h200", 7, True, 1.5, 2.0, 3, True, Fault("slow", 1, 12, 0.5))
 
 
 @pytest.mark.parametrize("kind", ["inf", "exception", "kill", "slow", "drop"])
@@ -38,7 +40,7 @@ def test_variable_reaches_the_settings() -> None:
     ("text", "wanted"),
     [
         ("sed=7", "WINDLASS_SIM has no key 'sed' (did you mean 'seed'?), the keys are machine, seed, views, delay_ms, "
-         "pace, host_reads, fault"),
+         "pace, host_reads, uniform, fault"),
         ("colour=red", "WINDLASS_SIM has no key 'colour'"),
         ("seed", "WINDLASS_SIM needs a value for 'seed', as in seed=VALUE, got 'seed'"),
         ("seed=", "WINDLASS_SIM needs a value for 'seed'"),

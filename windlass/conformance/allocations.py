@@ -36,6 +36,12 @@ def bring(accelerator: Accelerator, host: Tensor) -> Tensor:
     return host.to(accelerator.device, copy=True)
 
 
+def bring_number(accelerator: Accelerator, value: float) -> Tensor:
+    """A number as data on the device, of no dimension. It goes there as a vector: a compiler may take 0 and 1 that come
+    without a dimension for constants."""
+    return torch.tensor([value], dtype=torch.float32, device="cpu").to(accelerator.device).reshape(())
+
+
 @contextmanager
 def allocated(
     accelerator: Accelerator, host: Tensor, place: Place = Place.DEVICE, *, tag: str = TAG

@@ -46,6 +46,11 @@ def to_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def one_program(accelerator: Accelerator) -> bool:
+    """Whether every rank must run the same program: then no slice, split or constant may depend on the rank."""
+    return accelerator.capabilities.uniform_program
+
+
 def draw(rank: int, count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Values of a rank that every rank can draw. Every other one is negative on all ranks, if the dtype can be."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)

@@ -16,6 +16,7 @@ from windlass.conformance.collective_values import (
     blank,
     check_reduced,
     draw,
+    one_program,
     part,
     place,
     to_dtype,
@@ -62,7 +63,8 @@ def gather_in_place(dtype_name: str) -> None:
 
 
 def reduce_scatter(source_name: str, target_name: str) -> None:
-    """reduce_scatter of every size, out of and into every kind of memory, also in place where the dtypes allow it."""
+    """reduce_scatter of every size, out of and into every kind of memory, also in place where the dtypes allow it and
+    a rank may cut its own part."""
     source, target = to_dtype(source_name), to_dtype(target_name)
     with opened() as accelerator:
         world = accelerator.collectives.world
@@ -75,7 +77,7 @@ def reduce_scatter(source_name: str, target_name: str) -> None:
                 accelerator.collectives.reduce_scatter(output.tensor, given.tensor, world, op=op, tag="apart").wait()
                 check_reduced(output.read(), terms, op, op, size, placing)
                 given.expect(mine, "the input of", size, placing)
-                if source == target:
+                if source == target and not one_program(accelerator):
                     whole = given.tensor
                     own = part(whole, world.rank, world.size)
                     accelerator.collectives.reduce_scatter(own, whole, world, op=op, tag="in place").wait()
@@ -165,11 +167,12 @@ def broadcast(dtype_name: str) -> None:
                     tensor.release()
 
 
-def all_to_all(dtype_name: str) -> None:
-    """all_to_all with equal, uneven and zero splits, out of and into every kind of memory."""
+def all_to_all(dtype_name: str, equal: bool) -> None:
+    """all_to_all with equal splits, or with uneven and zero ones, out of and into every kind of memory."""
     with opened() as accelerator:
         world = accelerator.collectives.world
-        for dtype, (name, splits) in itertools.product(to_dtypes(dtype_name), split_tables(world.size).items()):
+        tables = equal_split_tables(world.size) if equal else split_tables(world.size)
+        for dtype, (name, splits) in itertools.product(to_dtypes(dtype_name), tables.items()):
             inputs = [draw(one, sum(splits[one]), dtype) for one in range(world.size)]
             wanted = torch.cat([inputs[one].split(splits[one])[world.rank] for one in range(world.size)])
             arriving = [row[world.rank] for row in splits]
@@ -186,12 +189,16 @@ def all_to_all(dtype_name: str) -> None:
                 output.release()
 
 
+def equal_split_tables(size: int) -> dict[str, list[list[int]]]:
+    """Row i holds what rank i sends to each: here the same on every rank."""
+    counts = {"nothing": 0, "one element each": 1, "many elements each": 9001}
+    return {name: [[count] * size for _ in range(size)] for name, count in counts.items()}
+
+
 def split_tables(size: int) -> dict[str, list[list[int]]]:
-    """Row i holds what rank i sends to each. In a ring all totals agree, and only the directions tell ranks apart."""
+    """Tables of other splits on each rank. In a ring all totals agree, and only the directions tell ranks apart."""
     ranks = range(size)
     return {
-        "nothing": [[0 for _ in ranks] for _ in ranks],
-        "one element each": [[1 for _ in ranks] for _ in ranks],
         "uneven": [[(3 * one + 5 * other) % 4 * 257 for other in ranks] for one in ranks],
         "a ring": [[(other - one) % size * 33 for other in ranks] for one in ranks],
         "to the first rank only": [[9001 if other == 0 else 0 for other in ranks] for _ in ranks],

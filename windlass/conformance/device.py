@@ -16,12 +16,14 @@ from windlass.accelerator.plugins import describe_cause
 from windlass.accelerator.registry import Choice, Registry
 from windlass.conformance.requirements import SUITE_RANKS
 
+COMPILING: Final = 4.0
+"""How many times the seconds of any limit a lazy device has: it compiles what it does for the first time."""
 _JOB: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeviceUnderTest:
-    """One open device, and what is known about it besides."""
+    """One open device, and what is known about it besides. The rest stays as it is; the device may be opened anew."""
 
     accelerator: Accelerator
     choice: Choice
@@ -32,6 +34,24 @@ class DeviceUnderTest:
     def most_ranks(self) -> int:
         """How many ranks of a test can run on this machine."""
         return SUITE_RANKS if self.accelerator.capabilities.shared_device else len(self.probe.devices)
+
+    @property
+    def patience(self) -> float:
+        """What limits in seconds are multiplied with."""
+        return COMPILING if self.accelerator.capabilities.lazy else 1.0
+
+    @contextmanager
+    def lent_to_ranks(self) -> Iterator[None]:
+        """While ranks run: where a device cannot be shared this process closes its own before and opens it again after.
+        An `accelerator` that a test was given before is closed from then on."""
+        if self.accelerator.capabilities.shared_device:
+            yield
+            return
+        close_device(self)
+        try:
+            yield
+        finally:
+            self.accelerator = Registry(read_environment()).open(self.choice)
 
     def name_for(self, num_ranks: int) -> str:
         """What WINDLASS_ACCELERATOR says to the ranks of a test: one device for all where there are too few."""

@@ -32,16 +32,21 @@ def compute_on_a_shape_of_its_own() -> float:
 
 
 def share_the_device(name: str) -> str:
-    """Each rank opens the device of this name, fills memory of another size and finds it so when all have done it."""
+    """Each rank opens the device of this name and fills memory, one after the other; each finds its own and no more."""
     with contextlib.closing(windlass.open_accelerator(name)) as accelerator:
         world = accelerator.collectives.world
-        assert used(accelerator) == 0
-        count = 1000 * (world.rank + 1)
-        with allocated(accelerator, torch.full((count,), float(world.rank))) as own:
-            accelerator.collectives.barrier(world)
-            assert used(accelerator) == 4 * count
-            assert_holds(accelerator, own, torch.full((count,), float(world.rank)))
-            accelerator.collectives.barrier(world)
+        for turn in world.ranks:
+            assert used(accelerator) == 0
+            if turn != world.rank:
+                accelerator.collectives.barrier(world)
+                assert used(accelerator) == 0, "memory of another rank is in the books of this one"
+                accelerator.collectives.barrier(world)
+                continue
+            with allocated(accelerator, torch.full((1000,), float(world.rank))) as own:
+                accelerator.collectives.barrier(world)  # the others look now
+                assert used(accelerator) == 4000
+                accelerator.collectives.barrier(world)
+                assert_holds(accelerator, own, torch.full((1000,), float(world.rank)))
         check_random_stream(accelerator, world.rank)
         return accelerator.name
 

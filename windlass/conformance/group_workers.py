@@ -15,14 +15,15 @@ from windlass.conformance.collective_values import (
     blank,
     check_reduced,
     draw,
+    one_program,
     part,
     place,
     to_dtype,
 )
-from windlass.conformance.collective_workers import split_tables
+from windlass.conformance.collective_workers import equal_split_tables, split_tables
 from windlass.conformance.opening import opened
 
-_PATIENCE_SECONDS = 30.0  # how long a rank looks for a file that another one writes
+_PATIENCE_SECONDS = 50.0  # how long a rank looks for a file that another one writes
 
 
 def use_pairs() -> None:
@@ -53,6 +54,21 @@ def use_parts_of_the_world() -> None:
             if world.rank in group.ranks:
                 use_group(accelerator, group, number)
         use_group(accelerator, world, len(groups))
+
+
+def use_equal_parts_of_the_world() -> None:
+    """The world is cut into groups of equal size, side by side and interleaved, and every rank uses its own of them."""
+    with opened() as accelerator:
+        collectives, world = accelerator.collectives, accelerator.collectives.world
+        number = 0
+        for size in (size for size in range(1, world.size + 1) if world.size % size == 0):
+            count = world.size // size
+            halves = [range(first * size, (first + 1) * size) for first in range(count)]
+            for name, cut in (("block", halves), ("comb", [range(first, world.size, count) for first in range(count)])):
+                groups = [collectives.group(tuple(ranks), f"{name} of {size}") for ranks in cut]
+                (own,) = (group for group in groups if world.rank in group.ranks)
+                use_group(accelerator, own, number)
+                number += 1
 
 
 def describe_groups() -> list[tuple[str, tuple[int, ...], int, int, bool]]:
@@ -114,7 +130,10 @@ def use_group(accelerator: Accelerator, group: Group, seed: int) -> None:
         tensor = place(accelerator, parts[group.rank])
         collectives.broadcast(tensor.tensor, source, group).wait()
         tensor.expect(parts[source], group, "broadcast from", source)
-    splits = split_tables(group.size)["a ring"]
+    if one_program(accelerator):
+        splits = equal_split_tables(group.size)["many elements each"]
+    else:
+        splits = split_tables(group.size)["a ring"]
     sent = [draw(other, sum(splits[index]), torch.int32, seed) for index, other in enumerate(group.ranks)]
     arriving = [row[group.rank] for row in splits]
     exchanged, received = place(accelerator, sent[group.rank]), blank(accelerator, sum(arriving), torch.int32)
@@ -149,14 +168,17 @@ def fetch(dtype_name: str) -> None:
             private = blank(accelerator, size, dtype)
             for round_ in range(3):
                 shards = [draw(other, size, dtype, round_) for other in world.ranks]
-                for tensor in (apart.tensor, private.tensor, part(whole.tensor, world.rank, world.size)):
+                for tensor in (apart.tensor, private.tensor):
                     tensor.copy_(shards[world.rank])
+                if not one_program(accelerator):
+                    part(whole.tensor, world.rank, world.size).copy_(shards[world.rank])
                 collectives.publish(world)
                 for shard in (apart, private, apart):
                     output = blank(accelerator, size * world.size, dtype, "slice")
                     collectives.fetch(output.tensor, shard.tensor, world, tag="weights").wait()
                     output.expect(torch.cat(shards), size, round_)
-                collectives.fetch(whole.tensor, part(whole.tensor, world.rank, world.size), world).wait()
+                own = apart.tensor if one_program(accelerator) else part(whole.tensor, world.rank, world.size)
+                collectives.fetch(whole.tensor, own, world).wait()
                 whole.expect(torch.cat(shards), size, round_, "in place")
                 collectives.barrier(world)
         tally = accelerator.counters.collectives["all_gather", "weights"]
@@ -206,11 +228,13 @@ def wait_for_file(path: Path) -> None:
 
 
 def count(dtype_name: str) -> dict[str, tuple[int, int]]:
-    """Calls and bytes by kind and tag after a known number of collectives on the world and on a pair."""
+    """Calls and bytes by kind and tag after a known number of collectives on the world and on a pair: the first two
+    ranks, or all where every rank must call the same."""
     dtype = to_dtype(dtype_name)
     with opened() as accelerator:
         collectives, world = accelerator.collectives, accelerator.collectives.world
-        pair = collectives.group((1, 0), "pair") if world.size > 1 else world
+        uniform = one_program(accelerator)
+        pair = collectives.group((1, 0), "pair") if world.size > 1 and not uniform else world
         accelerator.counters.reset()
         narrow = blank(accelerator, 11, dtype)
         whole, floats = blank(accelerator, 11 * world.size, dtype), blank(accelerator, 11, torch.float32)
@@ -221,7 +245,7 @@ def count(dtype_name: str) -> dict[str, tuple[int, int]]:
         collectives.reduce_scatter(floats.tensor, whole.tensor, world, tag="gradients").wait()
         collectives.all_reduce(narrow.tensor, world, tag="norm").wait()
         collectives.broadcast(narrow.tensor, world.size - 1, world, tag="start").wait()
-        splits = split_tables(world.size)["uneven"]
+        splits = equal_split_tables(world.size)["many elements each"] if uniform else split_tables(world.size)["uneven"]
         arriving = [row[world.rank] for row in splits]
         given, output = blank(accelerator, sum(splits[world.rank]), dtype), blank(accelerator, sum(arriving), dtype)
         collectives.all_to_all(output.tensor, given.tensor, arriving, splits[world.rank], world, tag="tokens").wait()

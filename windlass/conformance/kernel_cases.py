@@ -120,8 +120,13 @@ def ulp(values: Doubles) -> Doubles:
     return np.spacing(np.abs(values).astype(np.float32)).astype(np.float64)
 
 
-def bound_adamw(state: AdamwState, scalars: Tensor, scale: Tensor, *, decoupled: bool) -> AdamwBounds:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in float64, from the same fp32 arguments."""
+def bound_adamw(
+    state: AdamwState, scalars: Tensor, scale: Tensor, *, decoupled: bool, vanishing: float = 0.0
+) -> AdamwBounds:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in float64, from the same fp32 arguments.
+
+    `vanishing` is the number below which the device may take a term of a sum for zero.
+    """
     lr, _, rest1, beta2, rest2, eps, decay, correction1, correction2 = scalars.double().tolist()
     w, g, m, v = (each.double().numpy() for each in (state.weight, state.gradient, state.exp_avg, state.exp_avg_sq))
     g = g * scale.double().item()
@@ -138,9 +143,9 @@ def bound_adamw(state: AdamwState, scalars: Tensor, scale: Tensor, *, decoupled:
     new_w = w * (1 - lr * decay * decoupled) - step * new_m
     size_update = step * size_m * np.sqrt(size_v / np.maximum(new_v, 1e-300))
     return AdamwBounds(
-        weight=(new_w, 4 * ulp(np.maximum(np.abs(w), np.abs(new_w))) + 16 * ulp(size_update)),
-        exp_avg=(new_m, 4 * ulp(size_m)),
-        exp_avg_sq=(new_v, 4 * ulp(size_v)),
+        weight=(new_w, 4 * ulp(np.maximum(np.abs(w), np.abs(new_w))) + 16 * ulp(size_update) + 3 * vanishing),
+        exp_avg=(new_m, 4 * ulp(size_m) + 3 * vanishing),
+        exp_avg_sq=(new_v, 4 * ulp(size_v) + 3 * vanishing),
     )
 
 
@@ -176,6 +181,20 @@ def count_different(left: Tensor, right: Tensor) -> int:
     """Elements with other bits, unless both are nan: the payload of a nan is nobody's business."""
     same = left.view(WORDS[left.itemsize]) == right.view(WORDS[right.itemsize])
     return int((~(same | (left.isnan() & right.isnan()))).sum())
+
+
+def is_subnormal(values: Tensor) -> Tensor:
+    """Whether each float32 is neither zero nor as large as 2^-126, told by its bits: a host may flush them too."""
+    magnitude = values.view(torch.int32) & 0x7FFFFFFF
+    return (magnitude > 0) & (magnitude < 0x00800000)
+
+
+def accept_zeros(wanted: Tensor, found: Tensor, where: Tensor) -> Tensor:
+    """What is wanted, but a zero of its sign where that is found and allowed."""
+    words = WORDS[wanted.itemsize]
+    sign = torch.iinfo(words).min
+    zero = wanted.view(words) & sign
+    return torch.where(where & (found.view(words) == zero), zero, wanted.view(words)).view(wanted.dtype)
 
 
 def equal_bits(left: Tensor, right: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator
+from windlass.accelerator.polar import Coefficients
 from windlass.conformance.allocations import assert_holds, assert_same_bits, bring
 from windlass.conformance.kernel_cases import KEEP, ONE, AdamwState
 
@@ -100,6 +101,33 @@ def read_square_sum(
     assert_holds(accelerator, on_device, values, "the vector, which square_sum does not consume,")
     total, bad = result.tolist()
     return total, bad
+
+
+def run_polar(
+    accelerator: Accelerator,
+    polar: KernelFunction,
+    stack: Tensor,
+    coefficients: Coefficients,
+    product_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Polar factors of host matrices, computed on the device, back on the host; the matrices must be as they were."""
+    on_device = bring(accelerator, stack)
+    result = polar(on_device, coefficients, product_dtype=product_dtype)
+    assert_holds(accelerator, on_device, stack, "the stack, which polar does not consume,")
+    host = accelerator.to_host(result)
+    assert host.shape == stack.shape
+    assert host.dtype == stack.dtype
+    return host
+
+
+def keeps_subnormal_numbers(accelerator: Accelerator) -> bool:
+    """Whether the device's own arithmetic knows float32 below 2^-126: halves one, and doubles one.
+
+    Where it does not, schemas let kernels take such numbers for zero; where it does, every bit is demanded.
+    """
+    smallest = bring(accelerator, torch.tensor([0x00800000, 0x00400000], dtype=torch.int32).view(torch.float32))
+    factor = bring(accelerator, torch.tensor([0.5, 2.0]))
+    return accelerator.to_host(smallest * factor).view(torch.int32).tolist() == [0x00400000, 0x00800000]
 
 
 def run_scale_cast(

@@ -28,7 +28,7 @@ class Run(Protocol):
         worker: Callable[..., Any],
         num_ranks: int,
         *args: Any,
-        timeout: float = 60.0,  # seconds
+        timeout: float = 60.0,  # seconds; a lazy device has more
         fresh: bool = False,
     ) -> list[Any]: ...
 
@@ -75,9 +75,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError("name the backend under test by --accelerator, as in --accelerator cpu.")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def accelerator(request: pytest.FixtureRequest) -> Accelerator:
-    """The device under test, open as the only rank of this process."""
+    """The device under test, open as the only rank of this process. Where it cannot be shared it is closed by `run`."""
     return request.config.stash[_RUN].device.accelerator
 
 
@@ -87,13 +87,23 @@ def run(request: pytest.FixtureRequest) -> Any:
 
     The worker is a function at the top of a module `*_workers.py`. A rank that fails raises `RanksFailed`.
     """
-    device = request.config.stash[_RUN].device
+    suite_run = request.config.stash[_RUN]
+    device = suite_run.device
 
     def call(
         worker: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 60.0, fresh: bool = False
     ) -> list[Any]:
-        name = device.name_for(num_ranks)
-        return run_ranks(worker, num_ranks, *args, timeout=timeout, accelerator=name, fresh=fresh)
+        with device.lent_to_ranks():
+            return run_ranks(
+                worker,
+                num_ranks,
+                *args,
+                timeout=timeout * device.patience,
+                accelerator=device.name_for(num_ranks),
+                fresh=fresh,
+                foreign=suite_run.foreign,
+                note_warning=suite_run.warnings.note,
+            )
 
     yield call
     stop_pool()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import windlass
+from windlass.conformance.allocations import bring_number
 from windlass.conformance.models import batch, build
 from windlass.conformance.training import (
     LR,
@@ -68,7 +69,7 @@ def nonfinite_in_fp32(stage: int) -> None:
 
 def _spoil(engine: windlass.Engine, loss: Tensor, rank: int, factor: float) -> Tensor:
     """The loss times `factor` on one rank; by a factor that is data, so that every rank runs the same program."""
-    return loss * torch.tensor(factor if engine.rank == rank else 1.0).to(loss.device)
+    return loss * bring_number(engine.accelerator, factor if engine.rank == rank else 1.0)
 
 
 def low_precision_against_oracle(stage: int, precision: str) -> None:
@@ -82,7 +83,11 @@ def low_precision_against_oracle(stage: int, precision: str) -> None:
         for name, value in engine.module.state_dict().items():
             assert value.dtype is dtype
             assert torch.equal(engine.accelerator.to_host(value), full[name].to(dtype))
-        assert max(distance(full, master.state_dict()).values()) < 1e-3
+        exact = torch.cat([value.flatten() for value in full.values()])
+        assert exact.ne(exact.to(dtype).float()).float().mean() > 0.5, (
+            "the masters have no more digits than the weights"
+        )
+        assert max(distance(full, master.state_dict()).values()) < _bound(engine, dtype)
 
 
 def mixed_dtypes_in_one_module(stage: int) -> None:
@@ -93,7 +98,13 @@ def mixed_dtypes_in_one_module(stage: int) -> None:
         assert torch.equal(full.pop("count"), torch.arange(5))
         state = master.state_dict()
         state.pop("count")
-        assert max(distance(full, state).values()) < 1e-3
+        assert max(distance(full, state).values()) < _bound(engine, torch.bfloat16)
+
+
+def _bound(engine: windlass.Engine, dtype: torch.dtype) -> float:
+    """How far weights may be from the oracle's, relative to their size. Where programs are compiled, each program fuses
+    operations in its own way, so activations are rounded elsewhere than in the oracle's program: two roundings more."""
+    return 2 * torch.finfo(dtype).eps if engine.accelerator.capabilities.lazy else 1e-3
 
 
 def _follow_master_weights(engine: windlass.Engine, master: nn.Module, low: nn.Module) -> nn.Module:

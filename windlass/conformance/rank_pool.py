@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from windlass.conformance.foreign_warnings import describe_warning
+
 _START_SECONDS = 60.0  # a new process imports torch; on a busy machine that alone takes a while
 
 
@@ -53,12 +55,14 @@ class _Call:
     environment: dict[str, str]
     folder: str
     timeout: float  # seconds; the rank prints where it hangs when they have passed
+    foreign: str  # pattern of the modules whose warnings are noted and no errors; none if it is empty
 
 
 @dataclass(frozen=True)
 class _Answer:
     failure: str | None  # the traceback
     result: bytes = b""  # pickled here, so that a result that cannot be pickled is a failure of its rank
+    noted: tuple[str, ...] = ()  # warnings
 
 
 @dataclass
@@ -124,12 +128,15 @@ def run_ranks(
     grace: float = 5.0,  # seconds that the other ranks get to answer once one has failed
     accelerator: str = "cpu",
     fresh: bool = False,
+    foreign: str = "",
+    note_warning: Callable[[str], None] | None = None,
 ) -> list[Any]:
     """Call `worker(*args)` on every rank and return the results by rank.
 
     The worker finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set as torchrun sets
-    them, and this process's own environment and folder otherwise. Warnings are errors in it. `fresh` starts new
-    processes and ends them afterwards: for workers that kill ranks or leave threads behind.
+    them, and this process's own environment and folder otherwise. Warnings are errors in it, but those of modules
+    whose name matches the pattern `foreign` are given to `note_warning` instead. `fresh` starts new processes and ends
+    them afterwards: for workers that kill ranks or leave threads behind.
 
     Raises `RanksFailed` if a rank raises, dies, or has not answered in time.
     """
@@ -143,8 +150,9 @@ def run_ranks(
         arguments = pickle.dumps(args)
         for index, rank in enumerate(ranks):
             environment = _environment(index, num_ranks, port, accelerator)
-            rank.connection.send_bytes(pickle.dumps(_Call(name, arguments, environment, os.getcwd(), timeout)))
-        return _collect(name, ranks, timeout, grace)
+            call = _Call(name, arguments, environment, os.getcwd(), timeout, foreign)
+            rank.connection.send_bytes(pickle.dumps(call))
+        return _collect(name, ranks, timeout, grace, note_warning)
     except BaseException:
         for rank in ranks:  # they may be in the middle of anything
             rank.stop()
@@ -154,7 +162,13 @@ def run_ranks(
             pool.stop()
 
 
-def _collect(name: str, ranks: Sequence[_Rank], timeout: float, grace: float) -> list[Any]:
+def _collect(
+    name: str,
+    ranks: Sequence[_Rank],
+    timeout: float,
+    grace: float,
+    note_warning: Callable[[str], None] | None,
+) -> list[Any]:
     waiting = {rank.connection: index for index, rank in enumerate(ranks)}
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -171,6 +185,9 @@ def _collect(name: str, ranks: Sequence[_Rank], timeout: float, grace: float) ->
                     f"The process ended with exit code {ranks[index].process.exitcode}, without an answer."
                 )
             assert isinstance(answer, _Answer)
+            if note_warning is not None:
+                for text in answer.noted:
+                    note_warning(text)
             if answer.failure is None:
                 results[index] = pickle.loads(answer.result)
             else:
@@ -259,14 +276,17 @@ def _answer(call: _Call) -> _Answer:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(call.timeout, file=2)  # sys.stderr's descriptor, whoever replaced the object
+    noted: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("error")
+            if call.foreign:
+                warnings.filterwarnings("always", module=call.foreign)
             module, _, function = call.worker.partition(":")
             result = getattr(importlib.import_module(module), function)(*pickle.loads(call.arguments))
-            return _Answer(None, pickle.dumps(result))
+            return _Answer(None, pickle.dumps(result), tuple(map(describe_warning, noted)))
     except BaseException:  # SystemExit too: the parent wants an answer
-        return _Answer(traceback.format_exc())
+        return _Answer(traceback.format_exc(), noted=tuple(map(describe_warning, noted)))
     finally:
         faulthandler.cancel_dump_traceback_later()
         if torch.distributed.is_initialized():

@@ -16,6 +16,7 @@ from torch import Tensor
 from windlass.accelerator.environment import read_environment
 from windlass.accelerator.errors import WindlassError
 from windlass.accelerator.interface import Accelerator, Group
+from windlass.conformance.collective_values import one_program
 from windlass.conformance.group_workers import sum_of_ranks, wait_for_file
 from windlass.conformance.opening import opened
 
@@ -75,7 +76,8 @@ def make_different_calls(difference: str) -> Met:
 
 
 def make_wrong_calls() -> list[tuple[str, int, Met, bool]]:
-    """Each rank in turn makes calls that are wrong in themselves, alone; after each round all ranks meet as usual.
+    """Each rank in turn makes calls that are wrong in themselves, alone, or all do where every rank must run the same
+    program; after each round all ranks meet as usual.
 
     Gives, for every wrong call, its name, the rank, what it met, and whether its output was left alone.
     """
@@ -83,7 +85,7 @@ def make_wrong_calls() -> list[tuple[str, int, Met, bool]]:
     with opened() as accelerator:
         world = accelerator.collectives.world
         for culprit in world.ranks:
-            if culprit == world.rank:
+            if culprit == world.rank or one_program(accelerator):
                 for name, call in wrong_calls(accelerator, world).items():
                     output = _zeros(accelerator, 8)
                     met = _meet(lambda call=call, output=output: call(output))  # type: ignore[misc]
@@ -110,21 +112,26 @@ def wrong_calls(accelerator: Accelerator, world: Group) -> dict[str, Callable[[T
         return collectives.all_to_all(output, given, arriving, sent, world, tag="wrong")
 
     rest = [0] * (size - 1)
+    strided: dict[str, Callable[[Tensor], object]] = {
+        "all_gather of every other element": lambda output: gather(output[: 2 * size], zeros(4)[::2]),
+        "all_gather into every other element": lambda output: gather(output[: 2 * size : 2], zeros(1)),
+        "reduce_scatter of every other element": lambda output: scatter(output, zeros(16 * size)[::2]),
+        "all_reduce of every other element": lambda output: collectives.all_reduce(output[::2], world, tag="wrong"),
+    }
+    if zeros(4)[::2].is_contiguous():  # a device whose tensors have values and no strides sees nothing wrong in them
+        strided = {}
     return {
+        **strided,
         "all_gather of too much": lambda output: gather(output, zeros(9)),
         "all_gather of too little": lambda output: gather(output, zeros(1)),
         "all_gather into another dtype": lambda output: gather(output[:size], zeros(1, dtype=torch.int32)),
         "all_gather of a matrix": lambda output: gather(output[: 4 * size], zeros(2, 2)),
         "all_gather into a matrix": lambda output: gather(output.view(4, 2)[:size], zeros(2)),
-        "all_gather of every other element": lambda output: gather(output[: 2 * size], zeros(4)[::2]),
-        "all_gather into every other element": lambda output: gather(output[: 2 * size : 2], zeros(1)),
         "reduce_scatter of too little": lambda output: scatter(output, zeros(8 * size - 1)),
         "reduce_scatter of too much": lambda output: scatter(output, zeros(8 * size + size)),
         "reduce_scatter of a matrix": lambda output: scatter(output, zeros(size, 8)),
-        "reduce_scatter of every other element": lambda output: scatter(output, zeros(16 * size)[::2]),
         "reduce_scatter by mean": lambda output: scatter(output, zeros(8 * size), op="mean"),
         "all_reduce of a matrix": lambda output: collectives.all_reduce(output.view(4, 2), world, tag="wrong"),
-        "all_reduce of every other element": lambda output: collectives.all_reduce(output[::2], world, tag="wrong"),
         "all_reduce by product": lambda output: collectives.all_reduce(
             output,
             world,
@@ -145,11 +152,11 @@ def wrong_calls(accelerator: Accelerator, world: Group) -> dict[str, Callable[[T
 
 
 def narrow_a_reduction(source_name: str, target_name: str) -> Met:
-    """A reduction into a dtype that cannot hold its terms, called by rank 0 alone; then all meet."""
+    """A reduction into a dtype that cannot hold its terms, called by rank 0 alone if it may; then all meet."""
     source, target = getattr(torch, source_name), getattr(torch, target_name)
     with opened() as accelerator:
         world, met = accelerator.collectives.world, Met("nothing")
-        if world.rank == 0:
+        if world.rank == 0 or one_program(accelerator):
             output, given = _zeros(accelerator, 4, target), _zeros(accelerator, 4 * world.size, source)
             met = _meet(lambda: accelerator.collectives.reduce_scatter(output, given, world))
         sum_of_ranks(accelerator)
@@ -163,8 +170,8 @@ def ask_for_wrong_groups() -> list[Met]:
         wrong = ((), (0, 0), (0, world.size), (-1, 0))
         met = [_meet(lambda ranks=ranks: collectives.group(ranks, "wrong")) for ranks in wrong]  # type: ignore[misc]
         first = collectives.group((0,), "first")
+        vector = _zeros(accelerator, 4)
         if world.rank != 0:
-            vector = _zeros(accelerator, 4)
             met.append(_meet(lambda: collectives.all_reduce(vector, first).wait()))
             met.append(_meet(lambda: collectives.barrier(first)))
         sum_of_ranks(accelerator)

@@ -22,7 +22,7 @@ SUITE_RANKS: Final = 4
 """The most ranks that a test of the suite starts."""
 
 Needs = str | tuple[str, ...] | Callable[..., str | tuple[str, ...]] | None
-Without = str | Callable[..., str] | None
+Without = str | Callable[..., str | None] | None
 
 _ATTRIBUTE = "windlass_requirement"
 _FLAGS = {field.name for field in fields(Capabilities) if isinstance(field.default, bool)}

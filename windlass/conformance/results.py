@@ -150,6 +150,7 @@ def make_report(
     undeclared: Mapping[str, Sequence[str]],
     kernels: Sequence[Mapping[str, Any]],
     rates: Sequence[Mapping[str, Any]],
+    foreign_warnings: Sequence[str],  # warnings of packages that are neither windlass nor the backend's own
     expected_failures: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The report, JSON-ready. With `problems` or a `selection` no level is claimed."""
@@ -165,6 +166,7 @@ def make_report(
         "tests": [result.to_json() for result in sorted(results, key=lambda one: one.id)],
         "kernels": list(kernels),
         "rates": list(rates),
+        "foreign_warnings": list(foreign_warnings),
         "under_declared": under_declared(results, undeclared),
         "expected_failures": list(expected_failures),
     }
@@ -208,6 +210,9 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     lines += [f"{test['id']}: {test['status']}" for test in report["tests"] if test["status"] in FAILURES]
     if report["under_declared"]:
         lines.append(f"Works but is not declared: {', '.join(report['under_declared'])}.")
+    number = len(report["foreign_warnings"])
+    if number:
+        lines.append(f"Packages of others gave {number} warning{'s' * (number > 1)}; the report has the text.")
     return [*lines, *report["problems"], conclusion(report)]
 
 

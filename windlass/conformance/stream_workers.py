@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from windlass.accelerator.interface import LANES, Group, Work
-from windlass.conformance.collective_values import Placed, blank, check_reduced, draw, part, place
+from windlass.conformance.allocations import bring_number
+from windlass.conformance.collective_values import Placed, blank, check_reduced, draw, one_program, part, place
 from windlass.conformance.opening import opened
 
 _SIZE = 30000  # elements of a rank's part
@@ -40,7 +41,7 @@ def train_a_little(rounds: int) -> None:
                 gathered.wait()
                 for index in range(world.size):
                     wrong = wrong + part(slot, index, world.size).ne(float(index + grown)).sum()
-                gradient.copy_(slot).mul_(0.0).add_(float(world.rank + number))
+                gradient.copy_(slot).mul_(0.0).add_(bring_number(accelerator, world.rank + number))
                 slot.fill_(-1.0)
                 written = streams.record()
                 with streams.lane("reduce"):
@@ -57,10 +58,11 @@ def train_a_little(rounds: int) -> None:
 
 
 def wait_in_any_order(rounds: int) -> None:
-    """Collectives on all lanes, waited for in another order on each rank, by the compute lane or by way of another."""
+    """Collectives on all lanes, waited for in another order on each rank where ranks may run different programs, by the
+    compute lane or by way of another."""
     with opened() as accelerator:
         collectives, streams, world = accelerator.collectives, accelerator.streams, accelerator.collectives.world
-        choices = torch.Generator().manual_seed(world.rank)
+        choices = torch.Generator().manual_seed(0 if one_program(accelerator) else world.rank)
         for round_ in range(rounds):
             size = _SIZE // 10 if round_ % 2 else _SMALL
             works: list[tuple[Work, Callable[[], None]]] = []
@@ -107,7 +109,7 @@ def rewrite_inputs(rounds: int) -> None:
             output = blank(accelerator, _SIZE * world.size, torch.float32)
             ranks = torch.arange(world.size, device="cpu").repeat_interleave(_SIZE).float()
             for number in range(rounds):
-                given.tensor.fill_(float(number * world.size + world.rank))
+                given.tensor.copy_(bring_number(accelerator, number * world.size + world.rank).expand(_SIZE))
                 if (number + world.rank) % 3 == 0:
                     time.sleep(0.001)
                 collectives.all_gather(output.tensor, given.tensor, world).wait()

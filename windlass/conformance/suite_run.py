@@ -7,6 +7,7 @@ import datetime
 import faulthandler
 import importlib.util
 import os
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from windlass.accelerator.errors import BackendNotFound, WindlassError
 from windlass.conformance.collection import SuiteTest, status_before, suite_tests
 from windlass.conformance.device import DeviceUnderTest, close_device, environment_of_one_rank, open_device
 from windlass.conformance.expected import ExpectedFailure, check_ids, read_expected_failures
+from windlass.conformance.foreign_warnings import ForeignWarnings, describe_warning, foreign_modules
 from windlass.conformance.golden import missing_ids, read_golden
 from windlass.conformance.measurements import Measurements
 from windlass.conformance.outcomes import Judge
@@ -36,6 +38,7 @@ class SuiteRun:
     """Registered as a plugin for the session. `device` and `measurements` are what the fixtures give to tests."""
 
     device: DeviceUnderTest
+    foreign: str
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -50,6 +53,7 @@ class SuiteRun:
         self._expected: dict[str, ExpectedFailure] = {}
         self._problems: list[str] = []
         self._report: dict[str, Any] | None = None
+        self.warnings = ForeignWarnings()
 
     # Open.
 
@@ -70,6 +74,7 @@ class SuiteRun:
             self._stack.enter_context(environment_of_one_rank(name))
             with self._watched(LIMIT_SECONDS):
                 self.device = open_device(name)
+            self.foreign = foreign_modules(self.device.package.partition(" ")[0])
         except (ValueError, BackendNotFound, OSError) as error:
             self._fail_to_start("usage", error)
         except WindlassError as error:
@@ -131,7 +136,8 @@ class SuiteRun:
         items[:] = [judge.test.item for judge in judges]
         for judge in judges:
             self._by_node[judge.test.item.nodeid] = judge
-            _set_limit(judge.test.item)
+            _set_limit(judge.test.item, self.device.patience)
+            judge.test.item.add_marker(pytest.mark.filterwarnings(f"default:::{self.foreign}"), append=False)
             judge.test.item.add_marker(pytest.mark.filterwarnings("error"), append=False)
         self._progress.write("start", total=len(judges))
 
@@ -152,6 +158,10 @@ class SuiteRun:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str) -> None:
+        if when == "runtest":
+            self.warnings.note(describe_warning(warning_message))
 
     # Judge.
 
@@ -199,6 +209,7 @@ class SuiteRun:
             undeclared={judge.test.id: judge.undeclared for judge in self._by_node.values()},
             kernels=kernels,
             rates=self.measurements.rates(),
+            foreign_warnings=self.warnings.noted,
             expected_failures=[entry.to_json() for entry in self._expected.values()],
         )
         file: Path | None = self.config.getoption("report_json")
@@ -249,11 +260,11 @@ def _is_part(argument: str, is_module: bool) -> bool:
     return spec is not None and spec.submodule_search_locations is None
 
 
-def _set_limit(item: pytest.Function) -> None:
+def _set_limit(item: pytest.Function, patience: float) -> None:
     """A limit for every test that sets none; an interrupt where possible, so that the run goes on."""
     if item.get_closest_marker("timeout") is None:
         seconds = RANKS_LIMIT_SECONDS if "run" in item.fixturenames else LIMIT_SECONDS
-        item.add_marker(pytest.mark.timeout(seconds, method="signal"))
+        item.add_marker(pytest.mark.timeout(seconds * patience, method="signal"))
 
 
 def _limit_of(item: pytest.Item) -> float:

@@ -25,6 +25,8 @@ def call(accelerator: Accelerator, name: str) -> None:
         accelerator.kernels[name](*vectors, bring(accelerator, torch.full((9,), 0.5)), one, keep, None, decoupled=True)
     elif name == "square_sum":
         accelerator.kernels[name](vectors[0], one)
+    elif name == "polar":
+        accelerator.kernels[name](vectors[0].reshape(1, 2, 2), ((1.5, -0.5, 0.0),))
     else:
         accelerator.kernels[name](vectors[0], vectors[1], one)
 

@@ -10,8 +10,20 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator
 from windlass.conformance.allocations import assert_holds, assert_same_bits, bring, dtype_named
-from windlass.conformance.kernel_cases import count_different, every_pattern, values_around
-from windlass.conformance.kernel_runs import SLICED, SLICES, each_implementation, run_scale_cast
+from windlass.conformance.kernel_cases import (
+    accept_zeros,
+    count_different,
+    every_pattern,
+    is_subnormal,
+    values_around,
+)
+from windlass.conformance.kernel_runs import (
+    SLICED,
+    SLICES,
+    each_implementation,
+    keeps_subnormal_numbers,
+    run_scale_cast,
+)
 from windlass.conformance.plugin import Measure
 from windlass.conformance.requirements import requires
 
@@ -34,10 +46,15 @@ def round_product(values: Tensor, scale: float, destination: torch.dtype) -> Ten
 def check_exact(
     accelerator: Accelerator, measure: Measure, case: str, values: Tensor, destination: torch.dtype, scale: float
 ) -> None:
-    wanted = round_product(values, scale, destination)
+    exact = round_product(values, scale, destination)
+    product = values.double() * torch.tensor(scale).double()
+    vanishing = is_subnormal(values.float()) | (product.abs() < 2.0**-126)
+    if keeps_subnormal_numbers(accelerator):
+        vanishing = torch.zeros_like(vanishing)
     with each_implementation(accelerator, "scale_cast") as turns:
         for implementation, scale_cast in turns:
             found = run_scale_cast(accelerator, scale_cast, values, destination, scale)
+            wanted = accept_zeros(exact, found, vanishing)
             wrong = count_different(found, wanted)
             measure(
                 "kernel", name="scale_cast", implementation=implementation, case=case, error=wrong, bound=0,
@@ -99,16 +116,24 @@ def test_special_values(accelerator: Accelerator, measure: Measure, source: str,
         check_exact(accelerator, measure, case, values, dtype_named(destination), scale)
 
 
-@requires(level=1, must="scale_cast neither flushes subnormal numbers of float32 nor loses a bit of them.")
+@requires(
+    level=1,
+    must="scale_cast loses no bit of subnormal numbers of float32, on a device whose arithmetic keeps them; elsewhere "
+    "they may be zero and nothing else.",
+)
 def test_subnormal_numbers(accelerator: Accelerator) -> None:
     """Compared as multiples of the smallest number, so that a host that flushes them cannot agree by mistake."""
+    keeps = keeps_subnormal_numbers(accelerator)
     source = torch.tensor([1, 3, 1000, 0x7FFFFF, -0x7FFFFFFF, 0x00C00000, 0x01400000], dtype=torch.int32)
     halved = torch.tensor([0, 2, 500, 0x400000, -0x80000000, 0x00600000, 0x00C00000], dtype=torch.int32)
     with each_implementation(accelerator, "scale_cast") as turns:
         for implementation, scale_cast in turns:
             for scale, wanted in ((1.0, source), (0.5, halved)):
-                found = run_scale_cast(accelerator, scale_cast, source.view(torch.float32), torch.float32, scale)
-                assert_same_bits(found.view(torch.int32), wanted, f"{implementation} at scale {scale}")
+                floats, exact = source.view(torch.float32), wanted.view(torch.float32)
+                found = run_scale_cast(accelerator, scale_cast, floats, torch.float32, scale)
+                vanishing = (is_subnormal(floats) | is_subnormal(exact)) & (not keeps)
+                allowed = accept_zeros(exact, found, vanishing).view(torch.int32)
+                assert_same_bits(found.view(torch.int32), allowed, f"{implementation} at scale {scale}")
 
 
 @requires(level=1, must="scale_cast of no elements and of one is right.", needs=both)

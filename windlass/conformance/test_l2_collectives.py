@@ -40,8 +40,9 @@ def test_all_gather(accelerator: Accelerator, run: Run, dtype: str, ranks: int) 
 
 @requires(
     level=2,
-    must="The input of an all-gather may be this rank's own part of the output.",
+    must="The input of an all-gather may be this rank's own part of the output, where ranks may cut different parts.",
     needs=lambda dtype, ranks: dtype_needs(dtype, f"ranks:{ranks}"),
+    without="uniform_program",
 )
 @FLOATING_DTYPE
 @RANKS
@@ -126,11 +127,24 @@ def test_broadcast(accelerator: Accelerator, run: Run, dtype: str, ranks: int) -
 
 @requires(
     level=2,
-    must="An all-to-all delivers uneven, equal and empty parts, ordered by their senders, to the ranks they are for.",
+    must="An all-to-all delivers equal and empty parts, ordered by their senders, to the ranks they are for.",
     needs=lambda dtype, ranks: dtype_needs(dtype, f"ranks:{ranks}"),
 )
 @EVERY_DTYPE
 @RANKS
 def test_all_to_all(accelerator: Accelerator, run: Run, dtype: str, ranks: int) -> None:
     require_dtype(accelerator, dtype)
-    run(workers.all_to_all, ranks, dtype)
+    run(workers.all_to_all, ranks, dtype, True)
+
+
+@requires(
+    level=2,
+    must="Where ranks may run different programs, an all-to-all delivers uneven parts, other ones on each rank.",
+    needs=lambda dtype, ranks: dtype_needs(dtype, f"ranks:{ranks}"),
+    without="uniform_program",
+)
+@EVERY_DTYPE
+@RANKS
+def test_uneven_all_to_all(accelerator: Accelerator, run: Run, dtype: str, ranks: int) -> None:
+    require_dtype(accelerator, dtype)
+    run(workers.all_to_all, ranks, dtype, False)

@@ -9,8 +9,8 @@ import pytest
 from windlass.accelerator.errors import Unsupported
 from windlass.accelerator.interface import Accelerator
 from windlass.conformance import group_workers as workers
-from windlass.conformance.collective_values import FLOATING, dtype_needs, require_dtype, to_dtype
-from windlass.conformance.collective_workers import split_tables
+from windlass.conformance.collective_values import FLOATING, dtype_needs, one_program, require_dtype, to_dtype
+from windlass.conformance.collective_workers import equal_split_tables, split_tables
 from windlass.conformance.plugin import Run
 from windlass.conformance.requirements import requires
 
@@ -34,8 +34,9 @@ def test_group_facts(run: Run, ranks: int) -> None:
 
 @requires(
     level=2,
-    must="Every collective works on groups that share ranks with one another.",
+    must="Where ranks may run different programs, every collective works on groups that share ranks with one another.",
     needs=lambda ranks: f"ranks:{ranks}",
+    without="uniform_program",
 )
 @SEVERAL
 def test_overlapping_groups(run: Run, ranks: int) -> None:
@@ -44,8 +45,20 @@ def test_overlapping_groups(run: Run, ranks: int) -> None:
 
 @requires(
     level=2,
-    must="Every collective works on parts of the world, in any order of ranks, and goes by the place in the group.",
+    must="Every collective works on groups of equal size that part the world, where every rank calls it on its own.",
     needs=lambda ranks: f"ranks:{ranks}",
+)
+@SEVERAL
+def test_equal_parts_of_the_world(run: Run, ranks: int) -> None:
+    run(workers.use_equal_parts_of_the_world, ranks)
+
+
+@requires(
+    level=2,
+    must="Where ranks may run different programs, every collective works on any part of the world, in any order of "
+    "ranks, and goes by the place in the group.",
+    needs=lambda ranks: f"ranks:{ranks}",
+    without="uniform_program",
 )
 @SEVERAL
 def test_parts_of_the_world(run: Run, ranks: int) -> None:
@@ -54,8 +67,10 @@ def test_parts_of_the_world(run: Run, ranks: int) -> None:
 
 @requires(
     level=2,
-    must="Works on several groups may be under way together, and each rank waits for them in the order it likes.",
+    must="Where ranks may run different programs, works on several groups may be under way together, and each rank "
+    "waits for them in the order it likes.",
     needs=lambda ranks: f"ranks:{ranks}",
+    without="uniform_program",
 )
 @SEVERAL
 def test_groups_at_once(run: Run, ranks: int) -> None:
@@ -125,7 +140,8 @@ def test_undeclared_one_sided(accelerator: Accelerator) -> None:
 def test_counters(accelerator: Accelerator, run: Run, dtype: str, ranks: int) -> None:
     require_dtype(accelerator, dtype)
     others, nbytes = ranks - 1, 11 * to_dtype(dtype).itemsize
-    splits = split_tables(ranks)["uneven"]
+    uniform = one_program(accelerator)
+    splits = equal_split_tables(ranks)["many elements each"] if uniform else split_tables(ranks)["uneven"]
     for rank, counted in enumerate(run(workers.count, ranks, dtype)):
         arriving = sum(row[rank] for sender, row in enumerate(splits) if sender != rank)
         wanted = {
@@ -136,6 +152,6 @@ def test_counters(accelerator: Accelerator, run: Run, dtype: str, ranks: int) ->
             "broadcast 'start'": (1, 0 if rank == others else nbytes),
             "all_to_all 'tokens'": (1, arriving * to_dtype(dtype).itemsize),
         }
-        if rank < 2:
-            wanted["all_reduce 'in the pair'"] = (1, (min(ranks, 2) - 1) * nbytes)
+        if uniform or rank < 2:
+            wanted["all_reduce 'in the pair'"] = (1, (ranks if uniform else min(ranks, 2)) * nbytes - nbytes)
         assert counted == wanted, f"rank {rank}"

@@ -16,10 +16,15 @@ from windlass.conformance.requirements import requires
 _SMALL = 1000  # elements: for many rounds, where chance decides what a lane does first
 
 
-@pytest.fixture(scope="module")
+_sizes: dict[str, int] = {}
+
+
+@pytest.fixture
 def size(accelerator: Accelerator) -> int:
-    """Elements that keep the device busy for a while."""
-    return find_size(accelerator)
+    """Elements that keep the device busy for a while, measured once."""
+    if accelerator.name not in _sizes:
+        _sizes[accelerator.name] = find_size(accelerator)
+    return _sizes[accelerator.name]
 
 
 def _rounds(size: int, count: int = 8) -> list[int]:

@@ -46,7 +46,7 @@ def train_engine(
             else:
                 engine.backward(loss)
             updated = engine.step()
-            assert updated == (micro == accumulation - 1)
+            assert bool(updated) == (micro == accumulation - 1)
         assert engine.grad_norm is not None
         norms.append(engine.grad_norm)
     return norms

@@ -1,0 +1,140 @@
+"""Which runtime reaches the XLA device: torch_tpu where it finds a TPU, else torch_xla.
+
+Looking imports neither: packages are found by their metadata, TPUs on the PCI bus, and the user's choice of a PJRT
+client in the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from windlass.accelerator.environment import Environment, read_environment
+from windlass.accelerator.errors import BackendUnusable
+
+if TYPE_CHECKING:
+    from windlass.accelerator.interface import Accelerator
+
+TORCH_TPU: Final = "torch_tpu"
+TORCH_XLA: Final = "torch_xla"
+INSTALL: Final = "pip install 'windlass[xla]' in an environment of its own, or torch_tpu on a TPU"
+
+_PCI: Final = Path("/sys/bus/pci/devices")
+_VENDOR: Final = "0x1ae0"
+_TPUS: Final = frozenset({"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"})
+"""PCI devices of this vendor that are TPUs, v2 to 7x, as torch_xla 2.9 lists them in torch_xla/_internal/tpu.py."""
+
+
+@dataclass(frozen=True)
+class RuntimeProbe:
+    """What one runtime found when it looked for its devices."""
+
+    name: str
+    usable: bool
+    reason: str
+    """Why not, when not usable: a clause without a full stop."""
+    devices: tuple[str, ...]
+    """One description per device, in the order of their indices; empty when not usable."""
+    version: str
+    """Of the runtime and what lies beneath: "torch_xla 2.9.0 on PJRT CPU"; empty when it is not installed."""
+    real_device: bool
+    """True for a TPU, False for XLA's own CPU."""
+
+
+def probe_runtimes() -> tuple[RuntimeProbe, ...]:
+    """What each runtime found, in the order in which they are tried."""
+    from windlass.backends.xla.torch_tpu import probe
+
+    return probe(), probe_torch_xla()
+
+
+def choose_runtime(runtimes: Sequence[RuntimeProbe]) -> RuntimeProbe | None:
+    """The first that can be used."""
+    return next((runtime for runtime in runtimes if runtime.usable), None)
+
+
+def describe(runtimes: Sequence[RuntimeProbe]) -> str:
+    """In one clause which runtime is used, and why those before it are not; or why none is."""
+    chosen = choose_runtime(runtimes)
+    if chosen is None and not any(runtime.version for runtime in runtimes):
+        return f"neither {TORCH_XLA} nor {TORCH_TPU} is installed: {INSTALL}"
+    others = "; ".join(f"{one.name} is not, because {one.reason}" for one in runtimes if not one.usable)
+    if chosen is None:
+        return "; ".join(f"{one.name}: {one.reason}" for one in runtimes)
+    return f"{chosen.name} is used" + (f"; {others}" if others else "")
+
+
+def open_runtime(index: int) -> Accelerator:
+    """Open device `index` through the first usable runtime; `BackendUnusable` if there is none."""
+    runtimes = probe_runtimes()
+    chosen = choose_runtime(runtimes)
+    if chosen is None:
+        raise BackendUnusable(f"xla:{index} cannot be opened: {describe(runtimes)}.")
+    if chosen.name == TORCH_TPU:
+        from windlass.backends.xla.torch_tpu import open_torch_tpu
+
+        return open_torch_tpu(index)
+    from windlass.backends.xla.device import open_torch_xla
+
+    return open_torch_xla(index)
+
+
+def probe_torch_xla(environment: Environment | None = None, chips: int | None = None) -> RuntimeProbe:
+    """Whether torch_xla is here, fits torch, and which devices its PJRT client will show."""
+    if importlib.util.find_spec(TORCH_XLA) is None:
+        return _unusable("it is not installed", "")
+    try:
+        version = importlib.metadata.version(TORCH_XLA)
+    except importlib.metadata.PackageNotFoundError:
+        return _unusable("a module of its name can be imported but no such package is installed: see sys.path", "")
+    torch = importlib.metadata.version("torch")
+    if _minor(version) != _minor(torch):  # its library looks for symbols of that torch, and fails to load without them
+        wanted = _minor(version)
+        return _unusable(
+            f"{TORCH_XLA} {version} needs torch {wanted} and torch is {torch}: pip install 'torch=={wanted}.*' in an "
+            "environment of its own",
+            version,
+        )
+    chips = count_tpus() if chips is None else chips
+    client = choose_client(environment or read_environment(), chips)
+    if client == "CPU":
+        devices: tuple[str, ...] = (f"XLA's CPU, {platform.machine()}, {len(os.sched_getaffinity(0))} cores",)
+    elif client == "TPU" and chips:
+        devices = tuple(f"TPU {number}" for number in range(chips))
+    elif client == "TPU":
+        return _unusable("PJRT_DEVICE=TPU is set and the PCI bus shows no TPU: unset it, or set it to CPU", version)
+    else:
+        return _unusable(f"PJRT_DEVICE={client} is set and this backend knows CPU and TPU: set it to one", version)
+    return RuntimeProbe(TORCH_XLA, True, "", devices, f"{TORCH_XLA} {version} on PJRT {client}", client == "TPU")
+
+
+def choose_client(environment: Environment, chips: int) -> str:
+    """The PJRT client that the user asked for by PJRT_DEVICE, else TPU where there is one, else CPU."""
+    return environment.pjrt_device or ("TPU" if chips else "CPU")
+
+
+def count_tpus(devices: Path = _PCI) -> int:
+    """TPU chips on this host's PCI bus. Device files would not do: other hardware uses /dev/vfio as well."""
+    count = 0
+    for vendor in devices.glob("*/vendor"):
+        try:
+            found = vendor.read_text().strip(), vendor.with_name("device").read_text().strip()
+        except OSError:  # it was unplugged meanwhile, or is not ours to read
+            continue
+        count += found[0] == _VENDOR and found[1] in _TPUS
+    return count
+
+
+def _unusable(reason: str, version: str) -> RuntimeProbe:
+    return RuntimeProbe(TORCH_XLA, False, reason, (), version, False)
+
+
+def _minor(version: str) -> str:
+    """ "2.9.0+cpu" as "2.9"."""
+    return ".".join(version.split(".")[:2])
