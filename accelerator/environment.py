@@ -34,6 +34,8 @@ class Environment:
     """WINDLASS_BACKENDS: the backends that may be loaded at all; None allows every one."""
     simulation: str = ""
     """WINDLASS_SIM: what the simulated accelerator simulates, as `windlass.backends.sim.settings` reads it."""
+    tpu_library_path: str = ""
+    """TPU_LIBRARY_PATH: the library that drives TPUs, where it is not the package libtpu."""
     pjrt_device: str = ""
     """PJRT_DEVICE: the client through which torch_xla reaches its device, CPU or TPU; empty: it is chosen."""
     debug: bool = False
@@ -62,7 +64,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         accelerator=source.get("WINDLASS_ACCELERATOR", "").strip() or None,
         backends=_names(source, "WINDLASS_BACKENDS"),
         simulation=source.get("WINDLASS_SIM", "").strip(),
-        pjrt_device=source.get("PJRT_DEVICE", "").strip().upper(),
+        tpu_library_path=source.get("TPU_LIBRARY_PATH", "").strip(),
+        pjrt_device=source.get("PJRT_DEVICE", "").strip(),
         debug=_switch(source, "WINDLASS_DEBUG"),
     )
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 BACKENDS = ("cpu", "xla")
 WARM_UP = 10
-BOUND = 1e-3
+BOUND = 1e-4
 """Largest relative distance of the losses of one step that counts as equal after 50 steps."""
 
 

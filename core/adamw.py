@@ -121,9 +121,8 @@ class Update:
             _write(given, self._call(*kinds[0], gradient, given))
             return
         selected: _Given = given
-        for kind in kinds:
-            names = {one.name for one, own in placements if own == kind and one.name in self._touched}
-            mask = self._state.mask(region, frozenset(names))
+        names = [frozenset(one.name for one, own in placements if own == kind) & self._touched for kind in kinds]
+        for kind, mask in zip(kinds, self._state.masks(region, names), strict=True):
             results = self._call(*kind, gradient, tuple(None if one is None else one.clone() for one in given))
             selected = tuple(
                 None if before is None or after is None else torch.where(mask, after, before)

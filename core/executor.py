@@ -132,7 +132,7 @@ class Executor:
         uniform = self.plan.rules.program == "uniform"
         unscale = send_scalar(1.0 / (loss_scale * self.group.size), self.accelerator.device)
         if uniform and any(late := self.gradients.leftovers()):
-            self.gradients.reduce_again(late)  # the same units on every rank
+            self.gradients.reduce_again(late)  # the same units on every rank, or the collectives say so
         facts = self._facts(unscale, loss, stop)
         if uniform:
             touched = set(facts.touched)
@@ -148,8 +148,9 @@ class Executor:
             self.gradients.share_replicas()
         if touched:
             self._update(groups, touched, unscale * verdict.factor, verdict.keep)
-            self.share_weights()
             self.state.steps.advance(touched, verdict.keep if uniform else outcome.read().finite)
+        if touched or uniform:  # a rank that has touched nothing must not leave the others alone in this
+            self.share_weights()
         self.drop_gradients()
         self.accelerator.streams.boundary()
         self.phase = Phase.ACCUMULATING
@@ -162,7 +163,9 @@ class Executor:
             for region in self.plan.regions
             if region.trainable and region.name in shards
         ]
-        return LocalFacts(squares, loss, stop, self.gradients.leftovers(), self.gradients.touched)
+        return LocalFacts(
+            squares, loss, stop, self.gradients.leftovers(), self.gradients.touched, self.gradients.passes
+        )
 
     def _known(self, statistics: HostStatistics) -> Outcome:
         self._skipped += not statistics.finite

@@ -47,6 +47,7 @@ class Gradients:
         self.plan: Plan = state.plan
         self.accelerator = state.accelerator
         self.touched: set[str] = set()  # since the last update, on this rank
+        self.passes = 0  # backward passes since then
         self.landing_scale = 1.0  # what a gradient is multiplied with when it lands
         self.shards: dict[str, Tensor] = {}  # fp32 sums over ranks, after `finish`
         self._before_landing = before_landing
@@ -110,6 +111,7 @@ class Gradients:
 
     def begin_backward(self) -> None:
         """A backward pass starts: every unit will leave once."""
+        self.passes += 1
         self._left = 0
         for fired in self._fired.values():
             fired.clear()
@@ -221,7 +223,7 @@ class Gradients:
 
     def _send_region(self, region: Region) -> None:
         assert self._local is not None
-        whole = self._local.whole(region, self.touched)
+        whole = self._local.take(region, self.touched)
         if self._replicated and region.name not in self._replicas:
             fp32 = region.gradient_dtype == "float32"
             self._replicas[region.name] = whole if fp32 else self._allocate_sum(region.numel, shared=True)
@@ -268,6 +270,7 @@ class Gradients:
         for name in self._names():
             self.state.parameters[name].grad = None
         self.touched.clear()
+        self.passes = 0
 
     def close(self) -> None:
         """Remove the hooks and give the memory back."""

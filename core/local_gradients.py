@@ -37,6 +37,10 @@ class LocalGradients(ABC):
         """The sums of a region [numel] in its gradient dtype, zero for what is not in `landed`. It is the same memory
         until `clear`."""
 
+    def take(self, region: Region, landed: set[str]) -> Tensor:
+        """The same for the last time before `clear`."""
+        return self.whole(region, landed)
+
     @abstractmethod
     def clear(self) -> None:
         """Forget the sums."""
@@ -105,18 +109,25 @@ class SeparateGradients(LocalGradients):
 
     def land(self, name: str, gradient: Tensor, scale: float, *, new: bool) -> None:
         region, _ = self._plan.placement_by_name[name]
-        wide = not new and self._needs_width(region)
-        dtype = torch.float32 if wide else dtype_from_name(region.gradient_dtype)
-        value = gradient.to(dtype)
-        if scale != 1.0:
-            value = value * scale
-        self._sums[name] = value if new else self._sums[name].to(dtype) + value
+        dtype = torch.float32 if not new and self._needs_width(region) else dtype_from_name(region.gradient_dtype)
+        if not new:
+            self._sums[name] = torch.add(self._sums[name].to(dtype), gradient, alpha=scale).to(dtype)
+        elif scale == 1.0:
+            self._sums[name] = gradient.to(dtype)
+        else:
+            self._sums[name] = gradient.to(dtype) * scale
 
     def whole(self, region: Region, landed: set[str]) -> Tensor:
         if region.name not in self._packed:
             self._packed[region.name] = self._allocate(region)
         values = {one.name: self._sums[one.name] for one in region.placements if one.name in landed}
         return pack(self._packed[region.name], region, values, 1.0)
+
+    def take(self, region: Region, landed: set[str]) -> Tensor:
+        packed = self.whole(region, landed)
+        for placement in region.placements:
+            self._sums.pop(placement.name, None)
+        return packed
 
     def clear(self) -> None:
         self._sums.clear()

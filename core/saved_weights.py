@@ -3,9 +3,10 @@
 [Note: saved weights]
 Where the accelerator has no views, a unit is gathered into memory of its own for each use, and what autograd saved in
 forward would keep that memory alive until backward: stage 3 would save nothing, and gather again for nobody. So while
-a module that uses gathered weights runs, saved-tensor hooks stand in: of a weight, of a view of one, and of a weight
-cast for autocast they keep the parameter's name and the views, and in backward they look at the weights that have been
-gathered again. Everything else is kept as autograd keeps it, with its check for writes in place.
+a module that uses gathered weights runs, saved-tensor hooks stand in: of a weight, of a view of one, and of a trained
+weight cast for autocast they keep the parameter's name and the views, and in backward they look at the weights that
+have been gathered again. Everything else is kept as autograd keeps it, with its check for writes in place; so is the
+cast of a frozen weight, which nothing tells from other tensors.
 
 How a weight was looked at is kept as the same views of a tensor without memory, and gone through again operation by
 operation: strides and offsets say nothing on a device that has no layouts.

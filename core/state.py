@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class ModelState:
         self.parameters: dict[str, nn.Parameter] = {}
         self.resident = plan.rules.weights == "resident"
         self._poison: dict[torch.dtype, Tensor] = {}
-        self._masks: dict[tuple[str, frozenset[str]], Tensor] = {}
+        self._masks: dict[str, dict[frozenset[str], Tensor]] = {}  # by region: those that its last update took
         for unit in plan.units:  # one at a time: a sharded model never exists whole
             regions = [plan.region_by_name[name] for name in unit.regions]
             names = [placement.name for region in regions for placement in region.placements]
@@ -187,18 +187,22 @@ class ModelState:
                 for placement in region.placements:
                     self.bind(placement, self.weights[region.name])
 
-    def mask(self, region: Region, names: frozenset[str]) -> Tensor:
-        """[elements owned] bool on the device: those of the named parameters. Data and no offsets, so that it is no
-        part of the program."""
-        key = (region.name, names)
-        if key not in self._masks:
-            first, stop = self.owned_bounds(region)
-            mask = torch.zeros(stop - first, dtype=torch.bool)
-            for placement in region.placements:
-                if placement.name in names:
-                    mask[max(placement.start - first, 0) : max(placement.stop - first, 0)] = True
-            self._masks[key] = mask.to(self.accelerator.device)
-        return self._masks[key]
+    def masks(self, region: Region, choices: Sequence[frozenset[str]]) -> list[Tensor]:
+        """[elements owned] bool on the device for each choice of names: those of the named parameters. Data and no
+        offsets, so that they are no part of the program."""
+        known = self._masks.get(region.name, {})
+        self._masks[region.name] = {
+            names: known[names] if names in known else self._make_mask(region, names) for names in choices
+        }
+        return list(self._masks[region.name].values())
+
+    def _make_mask(self, region: Region, names: frozenset[str]) -> Tensor:
+        first, stop = self.owned_bounds(region)
+        mask = torch.zeros(stop - first, dtype=torch.bool)
+        for placement in region.placements:
+            if placement.name in names:
+                mask[max(placement.start - first, 0) : max(placement.stop - first, 0)] = True
+        return mask.to(self.accelerator.device)
 
     # -- logical values ----------------------------------------------------------------------------------------
 

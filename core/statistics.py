@@ -2,8 +2,9 @@
 
 [Note: who decides] Where ranks may run different programs, the vector also carries which parameters were touched and
 which units have late gradients, and the host reads it before the update: one read per step. Where all ranks run the
-same program, these facts are the same everywhere and known beforehand; the vector carries a digest of them instead, a
-difference between ranks keeps every weight as it was, and the host reads the outcome only when somebody asks.
+same program, these facts are the same everywhere and known beforehand; the vector carries a digest of what was touched
+and of how many backward passes that took, a difference between ranks keeps every weight as it was, and the host reads
+the outcome only when somebody asks. Gradients that are late on one rank only are noticed by the collectives themselves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class StepReport:
     loss: float  # mean over ranks of what they reported
     stop: bool  # some rank wants to stop
     skipped: int  # steps that were not finite, since the executor was made
+    problem: str = ""  # the ranks' programs were found to differ: what to tell the user
+    differed: int = 0  # steps in which they did that no outcome before this one has told of; they changed nothing
 
 
 class Outcome:
@@ -41,6 +44,7 @@ class Outcome:
     def __init__(self, find: Callable[[], StepReport], *, touched: bool) -> None:
         """`find` is called once at most; `touched`: some parameter had a gradient."""
         self.touched = touched
+        self.told = False  # somebody has been told of the problem that it reports
         self._find = find
         self._report: StepReport | None = None
 
@@ -65,6 +69,7 @@ class LocalFacts:
     stop: bool
     late: Sequence[bool]  # per unit of the plan
     touched: Iterable[str]  # names
+    passes: int  # backward passes since the last update
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class StatisticsExchange:
         self._names = list(names)
         self._steps = 0
         self._skipped = send_scalar(0.0, accelerator.device)
+        self._differed = send_scalar(0.0, accelerator.device)
+        self._differed_before = 0.0  # of them, as of the last outcome that was read
 
     def read(self, facts: LocalFacts, clip: float, tag: str) -> tuple[Verdict, HostStatistics]:
         """Exchange what ranks that run different programs must tell each other. One host read, under `tag`."""
@@ -120,36 +127,36 @@ class StatisticsExchange:
     def exchange(self, facts: LocalFacts, clip: float) -> tuple[Verdict, Outcome]:
         """Exchange what ranks of one program must: nothing is read on the host until the outcome is asked for.
 
-        The outcome raises RuntimeError if the ranks' steps were not made of the same parts; no rank has changed
-        anything then.
+        The outcome tells of a problem if the ranks' steps were not made of the same parts, this one or one before that
+        nobody has read; no rank has changed anything in those.
         """
         touched = sorted(facts.touched)
-        made_of = zlib.crc32(repr((touched, list(facts.late))).encode()) % (1 << _DIGEST_BITS)
+        made_of = zlib.crc32(repr((touched, facts.passes)).encode()) % (1 << _DIGEST_BITS)
         rows = self._gather(facts, [float(facts.stop), float(made_of)])
         total, digests = rows.sum(0), rows[:, STATISTICS]
         judged = _judge(total, clip)
         agree = digests.max() == digests.min()
         verdict = Verdict(judged.factor, torch.logical_and(judged.keep, agree), judged.norm)
+        kept, agreed = judged.keep.to(torch.float32), agree.to(torch.float32)
         if touched:
-            self._skipped = self._skipped + 1 - verdict.keep.to(torch.float32)
-        parts = (
-            judged.norm, judged.keep.to(torch.float32), total[2], total[3], agree.to(torch.float32), self._skipped,
-        )  # fmt: skip
-        vector = torch.stack(parts)
+            self._skipped = self._skipped + agreed - verdict.keep.to(torch.float32)
+        self._differed = self._differed + 1 - agreed
+        vector = torch.stack((judged.norm, kept, total[2], total[3], agreed, self._skipped, self._differed))
         self._steps += 1
         step = self._steps
 
         def find() -> StepReport:
-            norm, finite, loss, stop, same, skipped = self._accelerator.read_host(vector, tag="outcome")
-            if not same:
-                raise RuntimeError(
-                    f"the ranks ran different programs in optimizer step {step} of this engine: their gradients "
-                    "reached different parameters, which this device cannot follow, and no weight was changed; let "
-                    "every rank use the same modules in every step"
-                )
-            updated = bool(finite) and bool(touched)
+            norm, finite, loss, stop, same, skipped, differed = self._accelerator.read_host(vector, tag="outcome")
+            unread, self._differed_before = differed - self._differed_before, max(differed, self._differed_before)
             return StepReport(
-                updated, bool(finite), norm if finite else math.nan, loss / self._group.size, stop > 0, int(skipped)
+                updated=bool(finite and same and touched),
+                finite=bool(finite),
+                norm=norm if finite else math.nan,
+                loss=loss / self._group.size,
+                stop=stop > 0,
+                skipped=int(skipped),
+                problem=_describe_difference(step, int(unread)) if unread > 0 else "",
+                differed=max(int(unread), 0),
             )
 
         return verdict, Outcome(find, touched=bool(touched))
@@ -168,6 +175,15 @@ class StatisticsExchange:
         everyone = torch.empty(size * mine.numel(), dtype=torch.float32, device=device)
         self._accelerator.collectives.all_gather(everyone, mine, self._group, tag="statistics").wait()
         return everyone.view(size, -1)
+
+
+def _describe_difference(step: int, count: int) -> str:
+    where = f"optimizer step {step}" if count == 1 else f"{count} optimizer steps up to step {step}"
+    return (
+        f"the ranks ran different programs in {where} of this engine: their gradients reached different parameters, or "
+        "in another number of backward passes, which this device cannot follow, and no weight was changed; let every "
+        "rank use the same modules in every step"
+    )
 
 
 def _judge(total: Tensor, clip: float) -> Verdict:

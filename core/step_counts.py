@@ -114,6 +114,7 @@ class DeviceStepCounts(StepCounts):
         self._cohorts[name] = self._given[count]
         used = set(self._cohorts.values())
         self._counts = {cohort: value for cohort, value in self._counts.items() if cohort in used}
+        self._given = {given: cohort for given, cohort in self._given.items() if cohort in used}
         self._read.clear()
 
     def __iter__(self) -> Iterator[str]:

@@ -166,6 +166,48 @@ def ranks_that_differ() -> str:
         return str(caught.value)
 
 
+def differ_without_asking(stage: int) -> str:
+    """Ranks whose steps differ and who do not look: the engine tells when it is closed."""
+    rows = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    with uniform_cpu() as accelerator:
+        engine = windlass.initialize(TwoHeads(), {"train_batch_size": 12}, accelerator=accelerator)
+        for used in ((engine.rank,), (0, 1)):
+            engine.backward(engine(my_part(rows, engine.rank, engine.num_ranks, 0, 1), used))
+            engine.step()
+        with pytest.raises(RuntimeError) as caught:
+            engine.close()
+        assert (engine.global_steps, engine.skipped_steps) == (1, 0)
+        return str(caught.value)
+
+
+def drop_on_one_rank(stage: int) -> str:
+    """One rank forgets its first micro-batch: no rank changes anything, and all are told."""
+    with start(stage) as engine:
+        before = engine.full_state_dict()
+        engine.backward(loss_of(engine(*_part(engine, 0))))
+        if engine.rank == 1:
+            engine.zero_grad()
+        engine.backward(loss_of(engine(*_part(engine, 1))))
+        with pytest.raises(RuntimeError) as caught:
+            bool(engine.step())
+        engine.zero_grad()
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return str(caught.value)
+
+
+def nothing_on_one_rank(stage: int) -> str:
+    """One rank has no gradients at all: it is told, the others are not left alone, and the next step is good."""
+    with start(stage) as engine:
+        if engine.rank == 0:
+            engine.backward(loss_of(engine(*_part(engine, 0))))
+        with pytest.raises(RuntimeError) as caught:
+            bool(engine.step())
+        train_engine(engine, 2)
+        assert_equals_oracle(engine.full_state_dict(), "Network", 2)
+        return str(caught.value)
+
+
 def scheduler_asks(stage: int) -> None:
     """A scheduler must know whether the weights changed: one read per step, and the truth at once."""
     scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}}

@@ -76,3 +76,24 @@ def count_host_trips() -> dict[str, int]:
             executed[name] = accelerator.program_counts().executed - before
             work.wait()
         return executed
+
+
+def deliver_in_order() -> list[list[float]]:
+    """What outputs hold after two gathers into one output, the first waited for last; after a sum of which nobody keeps
+    the work; and after one that was asked whether it is done."""
+    with opened() as accelerator:
+        collectives, world = accelerator.collectives, accelerator.collectives.world
+        whole = accelerator.memory.empty((world.size,), torch.float32)
+        works = []
+        for number in (1.0, 2.0):
+            mine = torch.full((1,), 10 * number + world.rank).to(accelerator.device)
+            works.append(collectives.all_gather(whole, mine, world, tag=f"{number}"))
+        for work in reversed(works):
+            work.wait()
+        forgotten, asked = (torch.full((2,), 1.0 + world.rank).to(accelerator.device) for _ in range(2))
+        collectives.all_reduce(forgotten, world, tag="forgotten")
+        accelerator.streams.synchronize()
+        work = collectives.all_reduce(asked, world, tag="asked")
+        while not work.done():
+            pass
+        return [accelerator.to_host(tensor).tolist() for tensor in (whole, forgotten, asked)]

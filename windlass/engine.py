@@ -281,16 +281,21 @@ class Engine:
     def close(self) -> None:
         """Remove hooks and give back memory; close the accelerator too, unless the caller opened it. Safe to call
         twice."""
-        for hook in self._state_dict_hooks:
-            hook.remove()
-        self.executor.close()
-        if self._owns_accelerator:
-            self.accelerator.close()
+        try:
+            self.books.settle()  # a problem that nobody has asked about is told now
+        finally:
+            for hook in self._state_dict_hooks:
+                hook.remove()
+            self.executor.close()
+            if self._owns_accelerator:
+                self.accelerator.close()
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.books.forget()  # the error under way is the one to tell
         self.close()
 
     # -- parts -------------------------------------------------------------------------------------------------

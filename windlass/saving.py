@@ -36,10 +36,10 @@ def load(engine: Engine, directory: Path, tag: str | None) -> dict[str, Any]:
     """Continue from `directory/tag` (default: what `latest` points at); the caller's own state. A collective."""
     engine.accelerator.collectives.barrier(engine.accelerator.collectives.world)
     engine.zero_grad()
+    engine.books.discard()
     manifest = checkpoint.load_checkpoint(directory, tag, engine.executor.state)
     engine.executor.share_written_weights()
     saved = manifest["engine"]
-    engine.books.settle()
     engine.books.global_steps, engine.books.skipped_steps = saved["global_steps"], saved["skipped_steps"]
     engine.scaler.load_state_dict(saved["loss_scale"])
     load_groups(engine.optimizer, saved["groups"])

@@ -5,6 +5,7 @@ See the note in `board` for why this cannot deadlock.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ class Meetings:
             return
         try:
             if not self._board.failed:
-                self.advance()
+                with contextlib.suppress(PeerLost):  # it has left before us, which is no error while leaving
+                    self.advance()
         finally:
             self._closed = True
             self._own.leave()

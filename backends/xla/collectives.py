@@ -6,7 +6,6 @@ and, on XLA's CPU, to move the bytes. A rank alone needs neither; its collective
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,7 +18,7 @@ from windlass.backends.cpu.arguments import check_tensors
 from windlass.backends.cpu.checked import CheckedCollectives
 from windlass.backends.cpu.collectives import CpuCollectives
 from windlass.backends.cpu.transport import Transport
-from windlass.backends.xla.host_transport import AloneOnDevice, HostTransport, HostWork
+from windlass.backends.xla.host_transport import AloneOnDevice, HostTransport, UnderWay
 from windlass.backends.xla.in_graph import InGraphTransport, Partitions, exchange_ordinals
 from windlass.backends.xla.memory import identify
 from windlass.backends.xla.programs import DEVICE_TYPE, is_slice
@@ -44,7 +43,7 @@ class XlaCollectives(CheckedCollectives):
         self._name = name
         self._compares = environment.debug
         self._host = HostMeeting(Counters(), environment)  # the device's bytes are counted once, here
-        self._under_way: weakref.WeakSet[HostWork] = weakref.WeakSet()
+        self._under_way = UnderWay()
         self._partitions: Partitions | None = None
         try:
             if in_graph and self.world.size > 1:
@@ -76,14 +75,14 @@ class XlaCollectives(CheckedCollectives):
 
     def finish(self) -> None:
         """Return when every collective that this rank has entered is over, as if each had been waited for."""
-        for work in [one for one in self._under_way if not one.delivered]:
-            work.wait()
+        self._under_way.finish()
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._transports.clear()
+        self._under_way.forget()
         self._host.close()
 
     def _open(self, group: Group) -> None:
@@ -98,7 +97,7 @@ class XlaCollectives(CheckedCollectives):
             transport = InGraphTransport(group, partition, self._host.transport(group))
         else:
             host = self._host.transport(group)
-            transport = HostTransport(group, host, self._under_way.add, compares=self._compares)
+            transport = HostTransport(group, host, self._under_way, compares=self._compares)
         self._transports[group.name, group.ranks] = transport
 
     def _check(self, kind: str, tag: str, *tensors: Tensor) -> list[Tensor]:

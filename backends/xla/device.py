@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,7 @@ from windlass.accelerator.environment import Environment, prefer_variable, read_
 from windlass.accelerator.errors import BackendUnusable
 from windlass.accelerator.interface import Accelerator, Capabilities
 from windlass.accelerator.kernels import Kernel, Kernels
+from windlass.accelerator.plugins import describe_cause
 from windlass.accelerator.reference import SCHEMAS, reference_kernels
 from windlass.backends.cpu.memory import read_capacity
 from windlass.backends.xla.collectives import XlaCollectives
@@ -30,6 +31,7 @@ FLOATS: Final = (torch.float32, torch.bfloat16)
 _FIRST_SEED: Final = 0x9E3779B97F4A7C15
 """Of seed 0: torch_xla writes the numbers 0 and 1 into a program, which is then compiled again for the next step."""
 _KERNELS_NEED: Final = ("jax", "torchax")
+_REPAIR: Final = "pip install --no-deps --force-reinstall torchax==0.0.13"
 
 
 class XlaAccelerator(Accelerator):
@@ -74,7 +76,7 @@ def open_torch_xla(index: int = 0) -> XlaAccelerator:
     name = f"xla:{index}"
     client = choose_client(environment, count_tpus())
     prefer_variable("PJRT_DEVICE", client)  # torch_xla reads it when it is imported, and warns where it is not set
-    device = _open_client(name, client, environment)
+    device = _open_client(name, index, client, environment)
     register_torch_module()
     _check_autograd(name, device)
     on_cpu = client == "CPU"
@@ -108,8 +110,8 @@ def open_torch_xla(index: int = 0) -> XlaAccelerator:
         raise
 
 
-def _open_client(name: str, client: str, environment: Environment) -> torch.device:
-    """Start the PJRT client of this process and give its first device."""
+def _open_client(name: str, index: int, client: str, environment: Environment) -> torch.device:
+    """Start the PJRT client of this process and give its device, of several ranks each its own."""
     if client != "CPU" and environment.local_num_ranks > (chips := max(count_tpus(), 1)):
         raise BackendUnusable(
             f"{name} cannot be opened by {environment.local_num_ranks} ranks of this host, which has {chips} TPUs: a "
@@ -121,10 +123,11 @@ def _open_client(name: str, client: str, environment: Environment) -> torch.devi
 
         if client != "CPU" and environment.local_num_ranks > 1:
             pjrt.initialize_multiprocess(environment.local_rank, environment.local_num_ranks)  # one chip for each
-        return torch.device(torch_xla.device())
+        one_process = environment.local_num_ranks == 1 or client == "CPU"
+        return torch.device(torch_xla.device(index) if one_process else torch_xla.device())
     except (ImportError, RuntimeError) as error:  # a library that does not fit, or a client that does not start
         raise BackendUnusable(
-            f"{name} cannot be opened: torch_xla gives no {client} device ({str(error).strip().splitlines()[0]}); "
+            f"{name} cannot be opened: torch_xla gives no {client} device ({describe_cause(error).splitlines()[0]}); "
             "compare the versions of torch and torch_xla, and see PJRT_DEVICE"
         ) from error
 
@@ -141,16 +144,18 @@ def _check_autograd(name: str, device: torch.device) -> None:
 
 
 def _find_kernels() -> tuple[Iterable[Kernel], str]:
-    """The kernels in JAX, or none and why not."""
-    missing = [name for name in _KERNELS_NEED if importlib.util.find_spec(name) is None]
-    if missing:
-        return (), f"reference, because {' and '.join(missing)} is not installed"
+    """The kernels in JAX, or none and why not. torch_xla's wheel brings an old torchax along, which does not load."""
+    for name in _KERNELS_NEED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return (), f"reference, because {name} does not load ({describe_cause(error).splitlines()[0]}): {_REPAIR}"
     from windlass.backends.xla.kernels import xla_kernels
 
     return xla_kernels(), "JAX"
 
 
-def _comparison(collectives: XlaCollectives, environment: Environment) -> Any:
+def _comparison(collectives: XlaCollectives, environment: Environment) -> Callable[[int], None]:
     """What happens before a boundary: in debug mode ranks compare their programs, otherwise nothing."""
     if not environment.debug or collectives.world.size == 1:
         return lambda number: None

@@ -8,7 +8,8 @@ that the ranks' programs are cut at the same places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,21 +20,71 @@ from windlass.backends.xla.memory import identify
 from windlass.backends.xla.programs import compare_programs, read_value, run_pending
 
 
+class UnderWay:
+    """The collectives of one rank that the device has yet to take the results of, in the order of their calls.
+
+    Results are written in that order, whoever waits for which: two may go into one output.
+    """
+
+    def __init__(self) -> None:
+        self._works: deque[HostWork] = deque()
+
+    def add(self, work: HostWork) -> HostWork:
+        self._works.append(work)
+        return work
+
+    def finish(self) -> None:
+        """Wait for all of them."""
+        while self._works:
+            self._deliver_oldest()
+
+    def deliver_until(self, work: HostWork) -> None:
+        """Wait for a work and for those before it."""
+        while not work.delivered:
+            if not self._works:
+                raise ValueError("a collective was waited for after the collectives had been closed")
+            self._deliver_oldest()
+
+    def deliver_done(self) -> None:
+        """Write what has arrived, as far as everything before it has; never blocks."""
+        while self._works and self._works[0].arrived:
+            self._deliver_oldest()
+
+    def forget(self) -> None:
+        """Nobody will wait for them."""
+        self._works.clear()
+
+    def _deliver_oldest(self) -> None:
+        self._works[0].deliver()
+        self._works.popleft()
+
+
 class HostWork(Work):
     """A collective on the host whose result the device has yet to take."""
 
-    def __init__(self, work: Work, output: Tensor, received: Tensor) -> None:
+    def __init__(self, work: Work, output: Tensor, received: Tensor, under_way: UnderWay) -> None:
         self._work = work
         self._output = output
         self._received: Tensor | None = received
+        self._under_way = under_way
 
     def wait(self) -> None:
+        self._under_way.deliver_until(self)
+
+    def done(self) -> bool:
+        self._under_way.deliver_done()
+        return self.delivered
+
+    def deliver(self) -> None:
+        """Wait for the host, and write the result into the output."""
         self._work.wait()
         if self._received is not None:
             received, self._received = self._received, None
             self._output.copy_(received)
 
-    def done(self) -> bool:
+    @property
+    def arrived(self) -> bool:
+        """Whether the host is done with it."""
         return self._work.done()
 
     @property
@@ -47,14 +98,12 @@ class HostTransport(Transport):
 
     name = "through the host"
 
-    def __init__(
-        self, group: Group, host: Transport, note: Callable[[HostWork], None], *, compares: bool = False
-    ) -> None:
-        """`note` is told every work, so that somebody can finish all of them. `compares`: the ranks compare what they
-        are about to run, at every call."""
+    def __init__(self, group: Group, host: Transport, under_way: UnderWay, *, compares: bool = False) -> None:
+        """`under_way` is shared by all groups of the rank. `compares`: the ranks compare what they are about to run, at
+        every call."""
         super().__init__(group)
         self._host = host
-        self._note = note
+        self._under_way = under_way
         self._compares = compares
 
     def all_gather(self, output: Tensor, input: Tensor, call: Call) -> Work:
@@ -101,9 +150,7 @@ class HostTransport(Transport):
             compare_programs(self._host, self.group, str(call))
 
     def _start(self, output: Tensor, received: Tensor, work: Work) -> Work:
-        started = HostWork(work, output, received)
-        self._note(started)
-        return started
+        return self._under_way.add(HostWork(work, output, received, self._under_way))
 
 
 class AloneOnDevice(AloneTransport):

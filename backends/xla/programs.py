@@ -78,16 +78,28 @@ def compare_programs(host: Transport, group: Group, where: str) -> None:
 
     A device whose ranks meet inside the program would hang, or add what does not belong together.
     """
-    hashes = host.exchange(hash_program(find_tensors()))
-    ranks_of: dict[str, list[int]] = {}
-    for rank, digest in zip(group.ranks, hashes, strict=True):
-        ranks_of.setdefault(digest, []).append(rank)
-    if len(ranks_of) > 1:
-        found = " and ".join(f"{digest[:8]} on {_name_ranks(ranks)}" for digest, ranks in ranks_of.items())
+    found = [text.split("\n") for text in host.exchange(f"{where}\n{hash_program(find_tensors())}")]
+    places = _group_ranks(group.ranks, [place for place, _ in found])
+    if len(places) > 1:
+        raise CollectiveMismatch(f"the ranks are at different places: {_tell(places, '{ranks} at {what}')}")
+    digests = _group_ranks(group.ranks, [digest[:8] for _, digest in found])
+    if len(digests) > 1:
         raise CollectiveMismatch(
-            f"the ranks are about to run different programs at {where}: {found}; look for shapes, Python "
-            "numbers or slice offsets that depend on the rank, and make them tensors"
+            f"the ranks are about to run different programs at {where}: {_tell(digests, '{what} on {ranks}')}; look "
+            "for shapes, Python numbers or slice offsets that depend on the rank, and make them tensors"
         )
+
+
+def _group_ranks(ranks: Sequence[int], values: Sequence[str]) -> dict[str, list[int]]:
+    """Value -> the ranks that have it."""
+    having: dict[str, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        having.setdefault(value, []).append(rank)
+    return having
+
+
+def _tell(having: dict[str, list[int]], form: str) -> str:
+    return " and ".join(form.format(what=what, ranks=_name_ranks(ranks)) for what, ranks in having.items())
 
 
 def read_program_counts() -> ProgramCounts:

@@ -102,9 +102,14 @@ def probe_torch_xla(environment: Environment | None = None, chips: int | None = 
             version,
         )
     chips = count_tpus() if chips is None else chips
-    client = choose_client(environment or read_environment(), chips)
+    environment = environment or read_environment()
+    client = choose_client(environment, chips)
     if client == "CPU":
         devices: tuple[str, ...] = (f"XLA's CPU, {platform.machine()}, {len(os.sched_getaffinity(0))} cores",)
+    elif client == "TPU" and chips and not has_tpu_library():
+        return _unusable(
+            "it has no library for TPUs: pip install 'windlass[xla-tpu]', or set TPU_LIBRARY_PATH", version
+        )
     elif client == "TPU" and chips:
         devices = tuple(f"TPU {number}" for number in range(chips))
     elif client == "TPU":
@@ -117,6 +122,11 @@ def probe_torch_xla(environment: Environment | None = None, chips: int | None = 
 def choose_client(environment: Environment, chips: int) -> str:
     """The PJRT client that the user asked for by PJRT_DEVICE, else TPU where there is one, else CPU."""
     return environment.pjrt_device or ("TPU" if chips else "CPU")
+
+
+def has_tpu_library() -> bool:
+    """Whether torch_xla will find the library that drives TPUs: the package libtpu, or what TPU_LIBRARY_PATH names."""
+    return importlib.util.find_spec("libtpu") is not None or bool(read_environment().tpu_library_path)
 
 
 def count_tpus(devices: Path = _PCI) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from windlass.accelerator.errors import BackendUnusable
 from windlass.accelerator.interface import Event, Streams
+from windlass.accelerator.plugins import describe_cause
 from windlass.backends.xla.runtimes import TORCH_TPU, RuntimeProbe
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def open_torch_tpu(index: int = 0) -> Accelerator:
         importlib.import_module(TORCH_TPU)  # torch has done so by itself, unless it was told not to
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnusable(
-            f"{name} cannot be opened: {TORCH_TPU} does not load ({str(error).strip().splitlines()[0]}); compare its "
-            "version with torch's"
+            f"{name} cannot be opened: {TORCH_TPU} does not load ({describe_cause(error).splitlines()[0]}); compare "
+            "its version with torch's"
         ) from error
     if torch._C._get_privateuse1_backend_name() != DEVICE_TYPE:
         raise BackendUnusable(
@@ -89,9 +90,8 @@ def open_torch_tpu(index: int = 0) -> Accelerator:
     module = TpuModule(torch.get_device_module(DEVICE_TYPE))
     accelerator = open_device(DEVICE_TYPE, index, name="xla", module=module, matmul_dtypes=("bfloat16",))
     accelerator.streams = TpuLanes(accelerator.streams)
-    accelerator.capabilities = dataclasses.replace(
-        accelerator.capabilities, views=False, lazy=True, uniform_program=True
-    )
+    # It may defer, but neither starts what is deferred nor counts programs when asked: so it is not declared lazy.
+    accelerator.capabilities = dataclasses.replace(accelerator.capabilities, views=False, uniform_program=True)
     accelerator.facts |= {
         "runtime": TORCH_TPU,
         "version": importlib.metadata.version(TORCH_TPU),

@@ -258,7 +258,7 @@ def test_a_failing_program_keeps_its_traceback_and_gets_one_line(tmp_path: Path)
     )
     ended = windlass("run", "--ranks", "2", "fails.py", "--name", "x", folder=tmp_path)
     assert ended.status == 1
-    assert ended.output.startswith("['--name', 'x']\n")
+    assert ended.output.count("['--name', 'x']") == 2  # on lines of their own or not, as the ranks happened to write
     assert "ArithmeticError: no sum" in ended.errors
     assert ended.errors[-1] == (
         "windlass: rank 1 of 2 ended with exit code 1, what it printed is above; the other ranks were ended"

@@ -15,6 +15,7 @@ from windlass.conformance.rank_pool import run_ranks
 from windlass.conformance.training import assert_equals_oracle, distance, train_grid, train_oracle
 
 STAGES = [0, 1, 2, 3]
+OFTEN = {"Tied", "Checkpointed", "UnusedEverywhere", "CalledOften", "Attention", "OneBlockInFourPlaces"}
 
 
 def run_on_sim(monkeypatch: pytest.MonkeyPatch, worker: Any, num_ranks: int, *args: Any) -> list[Any]:
@@ -35,7 +36,10 @@ def test_every_stage_is_one_program_on_all_ranks(ranks: int, monkeypatch: pytest
             assert result["host_reads"] == 1
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in PER_RANK])
+@pytest.mark.parametrize(
+    "case",
+    [case if case in OFTEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in PER_RANK],
+)
 def test_corner_case_is_one_program_on_all_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for result in run_on_sim(monkeypatch, train_grid, 2, case, STAGES, [1, 2], 3)[0].values():
         assert_equals_oracle(result["state"], case, 3)
@@ -89,6 +93,21 @@ def test_ranks_that_touch_different_parameters_are_told_and_lose_nothing() -> No
     for message in run_ranks(uniform_workers.ranks_that_differ, 2):
         assert "ran different programs in optimizer step 1" in message
         assert "no weight was changed" in message
+
+
+@pytest.mark.parametrize(
+    ("worker", "stage"),
+    [
+        (uniform_workers.differ_without_asking, 0),
+        (uniform_workers.drop_on_one_rank, 1),
+        (uniform_workers.drop_on_one_rank, 2),
+        (uniform_workers.nothing_on_one_rank, 0),
+        (uniform_workers.nothing_on_one_rank, 1),
+    ],
+)
+def test_steps_that_differ_change_nothing_and_are_told(worker: Any, stage: int) -> None:
+    for message in run_ranks(worker, 2, stage):
+        assert "the ranks ran different programs in" in message
 
 
 @pytest.mark.parametrize("stage", [0, 3])

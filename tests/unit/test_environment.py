@@ -39,7 +39,7 @@ def test_choices_of_the_user() -> None:
 
 
 def test_switches_and_the_client_of_a_runtime() -> None:
-    found = read_environment({"PJRT_DEVICE": " cpu ", "WINDLASS_DEBUG": "1"})
+    found = read_environment({"PJRT_DEVICE": " CPU ", "WINDLASS_DEBUG": "1"})
     assert (found.pjrt_device, found.debug) == ("CPU", True)
     assert read_environment({"PJRT_DEVICE": "", "WINDLASS_DEBUG": "0"}) == Environment()
 

@@ -73,8 +73,10 @@ def test_a_fitting_torch_xla_on_a_machine_without_tpu(install: Install) -> None:
     assert found.version == f"torch_xla {TORCH}.1 on PJRT CPU"
 
 
-def test_a_fitting_torch_xla_with_tpus(install: Install) -> None:
+def test_a_fitting_torch_xla_with_tpus(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(f"{TORCH}.0")
+    assert "pip install 'windlass[xla-tpu]'" in runtimes.probe_torch_xla(Environment(), chips=4).reason
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/opt/libtpu.so")
     found = runtimes.probe_torch_xla(Environment(), chips=4)
     assert (found.usable, found.real_device, len(found.devices)) == (True, True, 4)
     by_hand = runtimes.probe_torch_xla(Environment(pjrt_device="CPU"), chips=4)

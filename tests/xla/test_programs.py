@@ -157,3 +157,8 @@ def test_ranks_with_different_programs_are_named_on_every_rank(monkeypatch: pyte
 def test_without_debug_mode_programs_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WINDLASS_DEBUG", raising=False)
     assert [sentence for sentence, _ in run_ranks(workers.come_to_boundaries, 2, 1, accelerator="xla:0")] == ["", ""]
+
+
+def test_results_come_in_the_order_of_calls_to_whoever_waits() -> None:
+    for found in run_ranks(workers.deliver_in_order, 2, accelerator="xla", timeout=240):
+        assert found == [[20.0, 21.0], [3.0, 3.0], [3.0, 3.0]]
