@@ -41,7 +41,9 @@ def test_without_the_hooks_every_unit_is() -> None:
     print(f"without: {len(rank['alive'])} of {len(rank['units'])} units, {sum(rank['alive'].values())} bytes")
 
 
-@pytest.mark.parametrize("more", [{}, AUTOCAST], ids=["fp32", "autocast"])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, id="fp32"), pytest.param(AUTOCAST, id="autocast", marks=pytest.mark.slow)]
+)
 def test_weights_norms_and_traffic_are_those_without_the_hooks(more: dict[str, Any]) -> None:
     models = [model for model in workers.MODELS_TO_COMPARE if model != "Branching"]  # ranks fetch together
     for rank in run(workers.states_with_and_without, 2, models, more):
