@@ -16,6 +16,11 @@ class Account:
     budget: int | None = None
     by_tag: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
+    def room(self, capacity: int | None) -> tuple[int | None, int | None]:
+        """What is left of the budget, and of the capacity; None where there is no such limit."""
+        of_budget = None if self.budget is None else self.budget - self.used
+        return of_budget, None if capacity is None else capacity - self.used
+
     def add(self, tag: str, nbytes: int, reserved: int) -> None:
         """Enter an allocation, or by negative numbers its release."""
         self.used += nbytes

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
-from windlass.accelerator.interface import DoneWork, Group, Measure, Memory, MemoryStats, Place, Work
+from windlass.accelerator.interface import DoneWork, Group, Measure, MemoryStats, Place, Work
 from windlass.backends.cpu.accounts import Account
+from windlass.backends.cpu.booked_memory import COPY_KINDS, BookedMemory, check_copy
 from windlass.backends.cpu.regions import Region
 from windlass.backends.cpu.shared_pages import map_pages, round_to_pages
 
@@ -26,12 +27,6 @@ _WHOLE_PAGES: Final = 2**20  # from this size on an allocation has pages of its 
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)  # as declared; float64 has a capability of its own
 _DTYPES: Final = (*FLOATS, torch.float64, torch.uint8, torch.int32, torch.int64)
-
-_COPY_KINDS: Final = {
-    (Place.HOST, Place.DEVICE): "up",
-    (Place.DEVICE, Place.HOST): "down",
-    (Place.HOST, Place.HOST): "host",
-}
 
 
 class SharedAllocator(Protocol):
@@ -54,14 +49,13 @@ class _Allocation:
     give_back: Callable[[], None]
 
 
-class CpuMemory(Memory):
+class CpuMemory(BookedMemory[Account]):
     """Allocations of one rank. Other ranks on the host draw on the same capacity, which nobody divides."""
 
     def __init__(self, counters: Counters, shared: SharedAllocator, name: str = "cpu:0") -> None:
+        super().__init__(name, {Place.DEVICE: Account(), Place.HOST: Account()})
         self._counters = counters
         self._shared = shared
-        self._name = name
-        self._accounts = {Place.DEVICE: Account(), Place.HOST: Account()}
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
         self._capacity = read_capacity()
 
@@ -112,15 +106,11 @@ class CpuMemory(Memory):
         allocation.give_back()
 
     def copy(self, destination: Tensor, source: Tensor, *, after: Work | None = None, tag: str = "") -> Work:
-        if destination.shape != source.shape or destination.dtype != source.dtype:
-            raise ValueError(
-                f"copy {tag!r} needs equal shapes and dtypes, got {tuple(source.shape)} of {source.dtype} into "
-                f"{tuple(destination.shape)} of {destination.dtype}; to cast, use the kernel scale_cast"
-            )
+        check_copy(destination, source, tag)
         if after is not None:
             after.wait()
         destination.detach().copy_(source.detach())
-        kind = _COPY_KINDS.get((self._place_of(source), self._place_of(destination)), "device")
+        kind = COPY_KINDS.get((self._place_of(source), self._place_of(destination)), "device")
         self._counters.count_copy(kind, tag, source.nbytes)
         return DoneWork()
 
@@ -134,24 +124,10 @@ class CpuMemory(Memory):
             by_tag=dict(account.by_tag),
         )
 
-    def reset_peak(self, place: Place = Place.DEVICE) -> None:
-        account = self._account(place)
-        account.peak = account.used
-
-    def set_budget(self, limit: int | None, place: Place = Place.DEVICE) -> None:
-        if limit is not None and limit < 0:
-            raise ValueError(f"a budget is a number of bytes from 0, or None, got {limit}")
-        self._account(place).budget = limit
-
     def _place_of(self, tensor: Tensor) -> Place:
         """Tensors from elsewhere count as the device's: a module's own parameters lie there."""
         allocation = self._allocations.get(tensor.untyped_storage().data_ptr())
         return Place.DEVICE if allocation is None else allocation.place
-
-    def _account(self, place: Place) -> Account:
-        if place not in self._accounts:
-            raise Unsupported(f"{self._name} offers no place {place.value!r}; use Place.HOST, or files of your own")
-        return self._accounts[place]
 
     def _fits(self, account: Account, nbytes: int) -> bool:
         """Whether budget and machine leave room. The places are one memory with two accounts."""

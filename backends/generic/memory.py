@@ -11,24 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
-from windlass.accelerator.interface import DoneWork, Group, Measure, Memory, MemoryStats, Place, Streams, Work
+from windlass.accelerator.interface import DoneWork, Group, Measure, MemoryStats, Place, Streams, Work
 from windlass.backends.cpu.accounts import Account
+from windlass.backends.cpu.booked_memory import COPY_KINDS, BookedMemory, check_copy
 from windlass.backends.cpu.memory import format_bytes
 from windlass.backends.generic.host_memory import ALIGNMENT, HostAllocator, align
 from windlass.backends.generic.streams import DeviceEvent, DeviceLanes
-
-_COPY_KINDS: Final = {
-    (Place.HOST, Place.DEVICE): "up",
-    (Place.DEVICE, Place.HOST): "down",
-    (Place.HOST, Place.HOST): "host",
-}
 
 
 @dataclass
@@ -43,7 +38,7 @@ class _Allocation:
     give_back: Callable[[], None]
 
 
-class DeviceMemory(Memory):
+class DeviceMemory(BookedMemory[Account]):
     """Allocations of one device and of the host memory beside it.
 
     Raises `OutOfMemory` where the budget, the known capacity or torch says no, once all releases are over.
@@ -59,14 +54,13 @@ class DeviceMemory(Memory):
         host: HostAllocator,
         dtypes: Sequence[str],  # the floating ones that are declared, float64 among them
     ) -> None:
-        self._name = name
+        super().__init__(name, {Place.DEVICE: Account(), Place.HOST: Account()})
         self._device = device
         self._module = module
         self._lanes = streams if isinstance(streams, DeviceLanes) else None
         self._counters = counters
         self._host = host
         self._dtypes = tuple(dtypes)
-        self._accounts = {Place.DEVICE: Account(), Place.HOST: Account()}
         self._capacities = {Place.DEVICE: read_device_capacity(module, device), Place.HOST: host.capacity}
         self._allocations: dict[int, _Allocation] = {}  # by the identity of the storage
         self._releasing: list[tuple[Work, _Allocation]] = []
@@ -124,11 +118,7 @@ class DeviceMemory(Memory):
             self._releasing.append((last, allocation))
 
     def copy(self, destination: Tensor, source: Tensor, *, after: Work | None = None, tag: str = "") -> Work:
-        if destination.shape != source.shape or destination.dtype != source.dtype:
-            raise ValueError(
-                f"copy {tag!r} needs equal shapes and dtypes, got {tuple(source.shape)} of {source.dtype} into "
-                f"{tuple(destination.shape)} of {destination.dtype}; to cast, use the kernel scale_cast"
-            )
+        check_copy(destination, source, tag)
         if after is not None:
             after.wait()
         places = self._place_of(source), self._place_of(destination)
@@ -137,7 +127,7 @@ class DeviceMemory(Memory):
         # From or to memory that is not page-locked a device copies while the host waits, or reads what is gone by then.
         asynchronous = self._lanes is not None and self._is_reachable(destination) and self._is_reachable(source)
         destination.detach().copy_(source.detach(), non_blocking=asynchronous)
-        self._counters.count_copy(_COPY_KINDS.get(places, "device"), tag, source.nbytes)
+        self._counters.count_copy(COPY_KINDS.get(places, "device"), tag, source.nbytes)
         return self._lanes.record() if self._lanes is not None else DoneWork()
 
     def stats(self, place: Place = Place.DEVICE) -> MemoryStats:
@@ -154,14 +144,8 @@ class DeviceMemory(Memory):
         )
 
     def reset_peak(self, place: Place = Place.DEVICE) -> None:
-        account = self._account(place)
         self._finish_releases()
-        account.peak = account.used
-
-    def set_budget(self, limit: int | None, place: Place = Place.DEVICE) -> None:
-        if limit is not None and limit < 0:
-            raise ValueError(f"a budget is a number of bytes from 0, or None, got {limit}")
-        self._account(place).budget = limit
+        super().reset_peak(place)
 
     def close(self) -> None:
         """Wait for what is being released, and give it back."""
@@ -214,16 +198,9 @@ class DeviceMemory(Memory):
             return allocation.place
         return Place.DEVICE if tensor.device.type == self._device.type else Place.HOST
 
-    def _account(self, place: Place) -> Account:
-        if place not in self._accounts:
-            raise Unsupported(f"{self._name} offers no place {place.value!r}; use Place.HOST, or files of your own")
-        return self._accounts[place]
-
     def _free(self, place: Place) -> tuple[int | None, int | None]:
         """Bytes that are left of the budget, and of the capacity; None where there is no such limit."""
-        account, capacity = self._accounts[place], self._capacities[place]
-        of_budget = None if account.budget is None else account.budget - account.used
-        return of_budget, None if capacity is None else capacity - account.used
+        return self._accounts[place].room(self._capacities[place])
 
     def _fits(self, place: Place, nbytes: int) -> bool:
         return all(free is None or nbytes <= free for free in self._free(place))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
-from windlass.accelerator.interface import Group, Measure, Memory, MemoryStats, Place, Work
+from windlass.accelerator.interface import Group, Measure, MemoryStats, Place, Work
+from windlass.backends.cpu.booked_memory import BookedMemory, check_copy
 from windlass.backends.cpu.memory import ALIGNMENT, format_bytes
 from windlass.backends.sim.accounts import Tier
 from windlass.backends.sim.conductor import COMPUTE, Conductor
@@ -50,7 +51,7 @@ class _Allocation:
     reserved: int
 
 
-class SimMemory(Memory):
+class SimMemory(BookedMemory[Tier]):
     """Allocations of one rank."""
 
     def __init__(
@@ -61,14 +62,14 @@ class SimMemory(Memory):
         conductor: Conductor,
         name: str = "sim:0",
     ) -> None:
-        self._counters = counters
-        self._conductor = conductor
-        self._name = name
-        self._accounts = {
+        tiers = {
             Place.DEVICE: Tier(capacity=machine.device_memory_bytes),
             Place.HOST: Tier(capacity=machine.host_memory_bytes),
             Place.DISK: Tier(capacity=machine.disk_bytes),
         }
+        super().__init__(name, tiers)
+        self._counters = counters
+        self._conductor = conductor
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
         if not settings.views:
             conductor.at_boundary.append(self._move_all)
@@ -120,11 +121,7 @@ class SimMemory(Memory):
         self._accounts[allocation.place].add(allocation.tag, -allocation.nbytes, -allocation.reserved)
 
     def copy(self, destination: Tensor, source: Tensor, *, after: Work | None = None, tag: str = "") -> Work:
-        if destination.shape != source.shape or destination.dtype != source.dtype:
-            raise ValueError(
-                f"copy {tag!r} needs equal shapes and dtypes, got {tuple(source.shape)} of {source.dtype} into "
-                f"{tuple(destination.shape)} of {destination.dtype}; to cast, use the kernel scale_cast"
-            )
+        check_copy(destination, source, tag)
         target, origin = destination.detach(), source.detach()  # of this memory, wherever the handles move
         places = self._place_of(source), self._place_of(destination)
         nbytes = source.numel() * source.element_size()
@@ -154,15 +151,6 @@ class SimMemory(Memory):
             capacity=Measure("exact", account.capacity),
             by_tag=dict(account.by_tag),
         )
-
-    def reset_peak(self, place: Place = Place.DEVICE) -> None:
-        account = self._accounts[place]
-        account.peak = account.used
-
-    def set_budget(self, limit: int | None, place: Place = Place.DEVICE) -> None:
-        if limit is not None and limit < 0:
-            raise ValueError(f"a budget is a number of bytes from 0, or None, got {limit}")
-        self._accounts[place].budget = limit
 
     def _move_all(self) -> None:
         """Give every allocation that is at rest other memory: what only its handle's owner knows goes along."""

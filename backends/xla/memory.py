@@ -17,18 +17,14 @@ from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.errors import OutOfMemory, Unsupported
-from windlass.accelerator.interface import DoneWork, Group, Measure, Memory, MemoryStats, Place, Work
+from windlass.accelerator.interface import DoneWork, Group, Measure, MemoryStats, Place, Work
 from windlass.backends.cpu.accounts import Account
+from windlass.backends.cpu.booked_memory import COPY_KINDS, BookedMemory, check_copy
 from windlass.backends.cpu.memory import format_bytes
 from windlass.backends.generic.host_memory import HostAllocator
 from windlass.backends.xla.programs import DEVICE_TYPE, read_value
 
 _INTEGERS: Final = (torch.uint8, torch.int32, torch.int64)
-_COPY_KINDS: Final = {
-    (Place.HOST, Place.DEVICE): "up",
-    (Place.DEVICE, Place.HOST): "down",
-    (Place.HOST, Place.HOST): "host",
-}
 
 
 @dataclass
@@ -40,7 +36,7 @@ class _Allocation:
     reserved: int
 
 
-class XlaMemory(Memory):
+class XlaMemory(BookedMemory[Account]):
     """Allocations of one XLA device and of ordinary host memory beside it."""
 
     def __init__(
@@ -51,12 +47,11 @@ class XlaMemory(Memory):
         dtypes: Sequence[torch.dtype],  # the floating ones that are declared
         capacity: int | None,  # bytes of the device, if they are known
     ) -> None:
-        self._name = name
+        super().__init__(name, {Place.DEVICE: Account(), Place.HOST: Account()})
         self._device = device
         self._counters = counters
         self._dtypes = (*dtypes, *_INTEGERS)
         self._host = HostAllocator()
-        self._accounts = {Place.DEVICE: Account(), Place.HOST: Account()}
         self._capacities = {Place.DEVICE: capacity, Place.HOST: self._host.capacity}
         self._allocations: dict[int, _Allocation] = {}  # by the identity of the storage
 
@@ -104,11 +99,7 @@ class XlaMemory(Memory):
     def copy(self, destination: Tensor, source: Tensor, *, after: Work | None = None, tag: str = "") -> Work:
         """Down to the host everything pending is run first, and the copy is over on return. Up and on the device it is
         an assignment in the pending program; what lies on the host is taken at once."""
-        if destination.shape != source.shape or destination.dtype != source.dtype:
-            raise ValueError(
-                f"copy {tag!r} needs equal shapes and dtypes, got {tuple(source.shape)} of {source.dtype} into "
-                f"{tuple(destination.shape)} of {destination.dtype}; to cast, use the kernel scale_cast"
-            )
+        check_copy(destination, source, tag)
         if after is not None:
             after.wait()
         places = self._place_of(source), self._place_of(destination)
@@ -117,7 +108,7 @@ class XlaMemory(Memory):
             # torch_xla writes a 0-d host tensor of 0, 1 or -1 into the program, which another number then changes
             value = value.reshape(1).to(self._device).reshape(())
         destination.detach().copy_(value)
-        self._counters.count_copy(_COPY_KINDS.get(places, "device"), tag, source.nbytes)
+        self._counters.count_copy(COPY_KINDS.get(places, "device"), tag, source.nbytes)
         return DoneWork()
 
     def stats(self, place: Place = Place.DEVICE) -> MemoryStats:
@@ -132,28 +123,12 @@ class XlaMemory(Memory):
             by_tag=dict(account.by_tag),
         )
 
-    def reset_peak(self, place: Place = Place.DEVICE) -> None:
-        account = self._account(place)
-        account.peak = account.used
-
-    def set_budget(self, limit: int | None, place: Place = Place.DEVICE) -> None:
-        if limit is not None and limit < 0:
-            raise ValueError(f"a budget is a number of bytes from 0, or None, got {limit}")
-        self._account(place).budget = limit
-
     def _place_of(self, tensor: Tensor) -> Place:
         return Place.DEVICE if tensor.device.type == DEVICE_TYPE else Place.HOST
 
-    def _account(self, place: Place) -> Account:
-        if place not in self._accounts:
-            raise Unsupported(f"{self._name} offers no place {place.value!r}; use Place.HOST, or files of your own")
-        return self._accounts[place]
-
     def _free(self, place: Place) -> tuple[int | None, int | None]:
         """Bytes that are left of the budget, and of the capacity; None where there is no such limit."""
-        account, capacity = self._accounts[place], self._capacities[place]
-        of_budget = None if account.budget is None else account.budget - account.used
-        return of_budget, None if capacity is None else capacity - account.used
+        return self._accounts[place].room(self._capacities[place])
 
     def _describe(self, place: Place, nbytes: int, tag: str) -> str:
         where = self._name if place is Place.DEVICE else f"the host memory of {self._name}"

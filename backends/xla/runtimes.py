@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,8 +25,8 @@ TORCH_TPU: Final = "torch_tpu"
 TORCH_XLA: Final = "torch_xla"
 INSTALL: Final = "pip install 'windlass[xla]' in an environment of its own, or torch_tpu on a TPU"
 
-_PCI: Final = Path("/sys/bus/pci/devices")
-_VENDOR: Final = "0x1ae0"
+PCI: Final = Path("/sys/bus/pci/devices")
+_VENDOR: Final = "0x1ae0"  # Google, whose virtual network cards have it as well
 _TPUS: Final = frozenset({"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"})
 """PCI devices of this vendor that are TPUs, v2 to 7x, as torch_xla 2.9 lists them in torch_xla/_internal/tpu.py."""
 
@@ -87,16 +87,14 @@ def open_runtime(index: int) -> Accelerator:
 
 def probe_torch_xla(environment: Environment | None = None, chips: int | None = None) -> RuntimeProbe:
     """Whether torch_xla is here, fits torch, and which devices its PJRT client will show."""
-    if importlib.util.find_spec(TORCH_XLA) is None:
-        return _unusable("it is not installed", "")
-    try:
-        version = importlib.metadata.version(TORCH_XLA)
-    except importlib.metadata.PackageNotFoundError:
-        return _unusable("a module of its name can be imported but no such package is installed: see sys.path", "")
+    version, problem = find_version(TORCH_XLA)
+    if problem:
+        return unusable(TORCH_XLA, problem)
     torch = importlib.metadata.version("torch")
     if _minor(version) != _minor(torch):  # its library looks for symbols of that torch, and fails to load without them
         wanted = _minor(version)
-        return _unusable(
+        return unusable(
+            TORCH_XLA,
             f"{TORCH_XLA} {version} needs torch {wanted} and torch is {torch}: pip install 'torch=={wanted}.*' in an "
             "environment of its own",
             version,
@@ -107,15 +105,19 @@ def probe_torch_xla(environment: Environment | None = None, chips: int | None = 
     if client == "CPU":
         devices: tuple[str, ...] = (f"XLA's CPU, {platform.machine()}, {len(os.sched_getaffinity(0))} cores",)
     elif client == "TPU" and chips and not has_tpu_library():
-        return _unusable(
-            "it has no library for TPUs: pip install 'windlass[xla-tpu]', or set TPU_LIBRARY_PATH", version
+        return unusable(
+            TORCH_XLA, "it has no library for TPUs: pip install 'windlass[xla-tpu]', or set TPU_LIBRARY_PATH", version
         )
     elif client == "TPU" and chips:
         devices = tuple(f"TPU {number}" for number in range(chips))
     elif client == "TPU":
-        return _unusable("PJRT_DEVICE=TPU is set and the PCI bus shows no TPU: unset it, or set it to CPU", version)
+        return unusable(
+            TORCH_XLA, "PJRT_DEVICE=TPU is set and the PCI bus shows no TPU: unset it, or set it to CPU", version
+        )
     else:
-        return _unusable(f"PJRT_DEVICE={client} is set and this backend knows CPU and TPU: set it to one", version)
+        return unusable(
+            TORCH_XLA, f"PJRT_DEVICE={client} is set and this backend knows CPU and TPU: set it to one", version
+        )
     return RuntimeProbe(TORCH_XLA, True, "", devices, f"{TORCH_XLA} {version} on PJRT {client}", client == "TPU")
 
 
@@ -129,20 +131,35 @@ def has_tpu_library() -> bool:
     return importlib.util.find_spec("libtpu") is not None or bool(read_environment().tpu_library_path)
 
 
-def count_tpus(devices: Path = _PCI) -> int:
+def count_tpus(devices: Path = PCI) -> int:
     """TPU chips on this host's PCI bus. Device files would not do: other hardware uses /dev/vfio as well."""
-    count = 0
-    for vendor in devices.glob("*/vendor"):
+    return sum(device in _TPUS for _, device in list_devices(devices))
+
+
+def list_devices(bus: Path = PCI) -> Iterator[tuple[Path, str]]:
+    """(folder, device number) of the vendor's devices on this host's PCI bus, TPUs and others."""
+    for folder in sorted(bus.glob("*")):
         try:
-            found = vendor.read_text().strip(), vendor.with_name("device").read_text().strip()
+            vendor, device = ((folder / name).read_text().strip() for name in ("vendor", "device"))
         except OSError:  # it was unplugged meanwhile, or is not ours to read
             continue
-        count += found[0] == _VENDOR and found[1] in _TPUS
-    return count
+        if vendor == _VENDOR:
+            yield folder, device
 
 
-def _unusable(reason: str, version: str) -> RuntimeProbe:
-    return RuntimeProbe(TORCH_XLA, False, reason, (), version, False)
+def find_version(package: str) -> tuple[str, str]:
+    """The version of a runtime's package, or "" and why it cannot be used. Nothing is imported."""
+    if importlib.util.find_spec(package) is None:
+        return "", "it is not installed"
+    try:
+        return importlib.metadata.version(package), ""
+    except importlib.metadata.PackageNotFoundError:
+        return "", "a module of its name can be imported but no such package is installed: see sys.path"
+
+
+def unusable(runtime: str, reason: str, version: str = "") -> RuntimeProbe:
+    """What a runtime says that cannot be used."""
+    return RuntimeProbe(runtime, False, reason, (), version, False)
 
 
 def _minor(version: str) -> str:

@@ -2,8 +2,9 @@
 
 It has not been run on a TPU yet. What is known of the package is read from torch_tpu 0.2.0. Nothing shows that its
 views alias, so none are declared; its streams order nothing, so there is one lane; its operations may be deferred and
-fused, so it is called lazy. A job of several ranks needs what `torch.tpu.distributed.set_tpu_launch_env` sets before
-the ranks are started. Kernels are the reference ones: those in JAX belong to torch_xla.
+fused, but it offers no way to start them at a boundary or to count programs, so it is not called lazy. A job of
+several ranks needs what `torch.tpu.distributed.set_tpu_launch_env` sets before the ranks are started. Kernels are the
+reference ones: those in JAX belong to torch_xla.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from windlass.accelerator.errors import BackendUnusable
 from windlass.accelerator.interface import Event, Streams
 from windlass.accelerator.plugins import describe_cause
-from windlass.backends.xla.runtimes import TORCH_TPU, RuntimeProbe
+from windlass.backends.xla.runtimes import PCI, TORCH_TPU, RuntimeProbe, find_version, list_devices, unusable
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +30,7 @@ DEVICE_TYPE: Final = "tpu"
 OLDEST_TORCH: Final = (2, 11)
 NEWEST_TORCH: Final = (2, 15)
 
-_PCI: Final = Path("/sys/bus/pci/devices")
 _VFIO: Final = Path("/dev/vfio")
-_VENDOR: Final = "0x1ae0"  # Google, whose virtual network cards have it as well
 _MODELS: Final = {
     "0x005e": "TPU v4",
     "0x0062": "TPU v5p",
@@ -42,25 +40,25 @@ _MODELS: Final = {
 }
 
 
-def probe(torch_version: str | None = None, pci: Path = _PCI, vfio: Path = _VFIO) -> RuntimeProbe:
+def probe(torch_version: str | None = None, pci: Path = PCI, vfio: Path = _VFIO) -> RuntimeProbe:
     """Whether torch_tpu is here, fits torch, and has a TPU; by metadata and files, nothing is imported."""
-    if importlib.util.find_spec(TORCH_TPU) is None:
-        return _unusable("it is not installed", "")
-    try:
-        version = importlib.metadata.version(TORCH_TPU)
-    except importlib.metadata.PackageNotFoundError:
-        return _unusable("a module of its name can be imported but no such package is installed: see sys.path", "")
+    version, problem = find_version(TORCH_TPU)
+    if problem:
+        return unusable(TORCH_TPU, problem)
     torch_version = importlib.metadata.version("torch") if torch_version is None else torch_version
     if not OLDEST_TORCH <= _read_release(torch_version) <= NEWEST_TORCH:
         oldest, newest = (".".join(map(str, release)) for release in (OLDEST_TORCH, NEWEST_TORCH))
-        return _unusable(
+        return unusable(
+            TORCH_TPU,
             f"{TORCH_TPU} {version} needs torch {oldest} to {newest} and torch is {torch_version}: install one of them "
             "in an environment of its own",
             version,
         )
     tpus = find_tpus(pci, vfio)
     if not tpus:
-        return _unusable(f"{TORCH_TPU} {version} is installed and no TPU of this host is open to it by VFIO", version)
+        return unusable(
+            TORCH_TPU, f"{TORCH_TPU} {version} is installed and no TPU of this host is open to it by VFIO", version
+        )
     return RuntimeProbe(TORCH_TPU, True, "", tpus, f"{TORCH_TPU} {version}", True)
 
 
@@ -101,15 +99,13 @@ def open_torch_tpu(index: int = 0) -> Accelerator:
     return accelerator
 
 
-def find_tpus(pci: Path = _PCI, vfio: Path = _VFIO) -> tuple[str, ...]:
+def find_tpus(pci: Path = PCI, vfio: Path = _VFIO) -> tuple[str, ...]:
     """The TPUs of this host that torch_tpu would find: of a generation that it knows, and given to VFIO."""
     found = []
-    for device in sorted(pci.glob("*")):
+    for folder, device in list_devices(pci):
+        model = _MODELS.get(device)
         try:
-            if (device / "vendor").read_text().strip() != _VENDOR:
-                continue
-            model = _MODELS.get((device / "device").read_text().strip())
-            if model is not None and (vfio / (device / "iommu_group").readlink().name).exists():
+            if model is not None and (vfio / (folder / "iommu_group").readlink().name).exists():
                 found.append(model)
         except OSError:  # it was unplugged meanwhile, has no group, or is not ours to read
             continue
@@ -170,7 +166,3 @@ def _read_release(version: str) -> tuple[int, int]:
     """The first two numbers: (2, 13) of "2.13.0a0+cpu"."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _unusable(reason: str, version: str) -> RuntimeProbe:
-    return RuntimeProbe(TORCH_TPU, False, reason, (), version, False)
