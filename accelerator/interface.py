@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from windlass.accelerator.kernels import Kernels
 
-INTERFACE_VERSION: Final = (1, 0)
+INTERFACE_VERSION: Final = (1, 1)
 LANES: Final = ("compute", "gather", "reduce", "up", "down")
 ReduceOp = Literal["sum", "max"]
+TensorFunction = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
 
 
 class Place(enum.Enum):
@@ -370,6 +371,15 @@ class Accelerator(ABC):
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A faster equivalent of a pure tensor function, or the function itself."""
+        return function
+
+    def capture(self, function: TensorFunction) -> TensorFunction:
+        """A cheaper way to issue what `function` issues: recorded once, replayed afterwards, or the function itself.
+
+        For a function from a list of tensors to a list of tensors that reads nothing on the host, takes every tensor
+        that it uses from its list or keeps it for good, and may write into those in place. It is recorded anew when the
+        list holds other tensors. Results are valid until the next call. (Since 1.1.)
+        """
         return function
 
     def close(self) -> None:

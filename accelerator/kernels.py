@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ class Kernel:
     implementation: str  # "numba", "triton", "jax", ...
     function: Callable[..., Any]
     priority: int = 100
+    composed: bool = False
+    """It is made of other kernels of the same accelerator: the function takes the `Kernels` as its first argument."""
 
 
 class Kernels:
@@ -61,7 +64,7 @@ class Kernels:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         kernel = self._chosen[name]
         self._counters.count_kernel(name, kernel.implementation)
-        return kernel.function
+        return functools.partial(kernel.function, self) if kernel.composed else kernel.function
 
     def choose(self, name: str, implementation: str) -> None:
         """Force an implementation, for tests and comparisons."""

@@ -49,3 +49,22 @@ COEFFICIENTS: Final[Mapping[str, Coefficients]] = MappingProxyType(
 )
 """Sets by name. The further a set lifts small singular values, the further it lifts rounding errors beside them:
 the product of its `a` is the factor, 485 for "jordan", and 79 000 for "ten"."""
+
+
+_NOISE = 2.0
+"""Of the smallest singular values that the Gram form may let grow before it starts anew."""
+
+
+def plan_restarts(coefficients: Coefficients, rounding: float) -> tuple[int, ...]:
+    """Before which steps the Gram form must compute its Gram matrix anew, if its products are `rounding` exact.
+
+    An error in the Gram matrix grows by a^2 a step where the matrix is singular; beyond about 1 it is a singular value.
+    """
+    restarts = []
+    growth = rounding
+    for step, (a, _, _) in enumerate(coefficients):
+        growth *= a * a
+        if step > 0 and growth > _NOISE:
+            restarts.append(step)
+            growth = rounding * a * a
+    return tuple(restarts)

@@ -32,8 +32,9 @@ class SimKernels(Kernels):
 
     def register(self, kernel: Kernel) -> None:
         """Add an implementation, made strict; it is chosen if its priority is the highest so far."""
-        strict = self._make_strict(kernel) if kernel.name in self.schemas else kernel.function
-        super().register(replace(kernel, function=strict))
+        if kernel.name in self.schemas and not kernel.composed:  # what a composed one is made of is strict
+            kernel = replace(kernel, function=self._make_strict(kernel))
+        super().register(kernel)
 
     def _make_strict(self, kernel: Kernel) -> Callable[..., Any]:
         """The kernel as an operation of the current lane, whose cost is that of reading and writing each byte once."""

@@ -15,6 +15,7 @@ from windlass.accelerator.errors import (
     OutOfMemory,
 )
 from windlass.accelerator.hookspecs import Probe, hookimpl
+from windlass.accelerator.interface import INTERFACE_VERSION
 from windlass.accelerator.registry import open_accelerator
 
 
@@ -204,7 +205,7 @@ def test_another_interface_version(installed: Installed, version: tuple[int, int
     with raises_sentence(
         InterfaceMismatch,
         f"backend 'xla' of windlass-xla 1.0 was written for interface {version[0]}.{version[1]}, but this windlass has "
-        f"1.0. Upgrade {behind}.",
+        f"{INTERFACE_VERSION[0]}.{INTERFACE_VERSION[1]}. Upgrade {behind}.",
     ):
         open_accelerator("xla")
     assert open_accelerator().name == "cpu:0"
@@ -231,7 +232,7 @@ def test_an_accelerator_of_another_interface_version(
     opened = open_versioned(installed, version)
     sentence = (
         f"backend 'xla' of windlass-xla 1.0 was written for interface {version[0]}.{version[1]}, but this windlass has "
-        f"1.0. Upgrade {behind}."
+        f"{INTERFACE_VERSION[0]}.{INTERFACE_VERSION[1]}. Upgrade {behind}."
     )
     with raises_sentence(InterfaceMismatch, sentence):
         open_accelerator("xla")

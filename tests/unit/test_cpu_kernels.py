@@ -31,7 +31,8 @@ from windlass.conformance.kernel_cases import (
 
 def test_compiled_kernels_are_chosen_over_the_reference() -> None:
     kernels = Kernels(SCHEMAS, (*reference_kernels(), *cpu_kernels()), Counters())
-    assert kernels.chosen() == {"adamw": "numba", "polar": "reference", "scale_cast": "numba", "square_sum": "numba"}
+    compiled = ("adamw", "scale_cast", "square_sum")
+    assert kernels.chosen() == {schema.name: "numba" if schema.name in compiled else "reference" for schema in SCHEMAS}
 
 
 def test_importing_the_backend_does_not_import_the_compiler() -> None:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from fake_plugins import FakeAccelerator, Installed, fail, make_rank, probe
+from windlass.accelerator.reference import SCHEMAS
 from windlass.accelerator.registry import open_accelerator
 from windlass.doctor import collect_report, render
 
@@ -45,7 +46,7 @@ def test_a_usable_backend_is_described(installed: Installed) -> None:
     assert row["devices"] == ["card A", "card B"]
     assert row["runtime"] == "runtime 9"
     assert row["capabilities"]["views"] is True
-    assert row["kernels"] == {name: "reference" for name in ("adamw", "polar", "scale_cast", "square_sum")}
+    assert row["kernels"] == {schema.name: "reference" for schema in SCHEMAS}
     assert row["facts"] == {"model": "model of gpu:0"}
     assert report["choice"] == {"accelerator": "gpu:0", "why": "the only usable real device"}
     assert report["python"] == platform.python_version()
@@ -80,7 +81,7 @@ def test_broken_backends_become_rows(installed: Installed) -> None:
     reasons = {row["name"]: row["reason"] for row in report["backends"] if not row["usable"]}
     assert reasons["busy"].startswith("backend 'busy' is usable but 'busy:0' does not open: /dev/accel0 is [bold]busy")
     assert reasons["lost"].startswith("backend 'lost' is installed but its probe fails: /dev/accel0")
-    assert reasons["old"].endswith("was written for interface 0.9, but this windlass has 1.0. Upgrade windlass-old.")
+    assert reasons["old"].endswith("was written for interface 0.9, but this windlass has 1.1. Upgrade windlass-old.")
     assert reasons["none"] == "no chip found"
     assert reasons["twice"].startswith("backend 'twice' is offered by two packages, one 1.0 and two 1.0.")
     assert reasons["ghost"] == (
