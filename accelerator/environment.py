@@ -38,6 +38,8 @@ class Environment:
     """TPU_LIBRARY_PATH: the library that drives TPUs, where it is not the package libtpu."""
     pjrt_device: str = ""
     """PJRT_DEVICE: the client through which torch_xla reaches its device, CPU or TPU; empty: it is chosen."""
+    visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES: the GPUs that the driver shows to this process, "" for none; None: all."""
     debug: bool = False
     """WINDLASS_DEBUG: whether to make costly checks, such as comparing the ranks' programs before they are run."""
 
@@ -66,6 +68,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         simulation=source.get("WINDLASS_SIM", "").strip(),
         tpu_library_path=source.get("TPU_LIBRARY_PATH", "").strip(),
         pjrt_device=source.get("PJRT_DEVICE", "").strip(),
+        visible_devices=source.get("CUDA_VISIBLE_DEVICES"),
         debug=_switch(source, "WINDLASS_DEBUG"),
     )
 

@@ -1,19 +1,15 @@
-"""AdamW over regions: which parts of a shard share settings and step count, one kernel call for each."""
+"""AdamW's settings, the numbers that its kernels read, and which parts of a shard share them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from windlass.core.plan import Region
-from windlass.core.state import EXP_AVG, EXP_AVG_SQ, ModelState
 from windlass.core.step_counts import StepCounts
-
-_Given = tuple[Tensor | None, ...]  # weight fp32, exp_avg, exp_avg_sq, low-precision weight or None
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Stretch:
 
 
 def find_stretches(region: Region, bounds: tuple[int, int], counts: StepCounts, touched: set[str]) -> list[Stretch]:
-    """Cut the owned part of a region so that every kernel call has one set of scalars.
+    """Cut the owned part of a region so that every stretch has one set of scalars.
 
     Untouched parameters fall between stretches and are left alone. Padding goes with what precedes it.
     """
@@ -57,11 +53,10 @@ def find_stretches(region: Region, bounds: tuple[int, int], counts: StepCounts, 
     return stretches
 
 
-def scalars_for(settings: AdamWSettings, step: int, device: torch.device) -> Tensor:
-    """The vector that the kernel reads, laid out as `windlass.accelerator.reference.ADAMW_SCALARS`."""
+def scalars_for(settings: AdamWSettings, step: int) -> Tensor:
+    """The vector that the kernel reads, laid out as `windlass.accelerator.reference.ADAMW_SCALARS`, on the host."""
     beta1, beta2 = settings.betas
-    values = (*_constants(settings), 1 - beta1**step, 1 - beta2**step)
-    return torch.tensor(values, dtype=torch.float32).to(device)
+    return torch.tensor((*_constants(settings), 1 - beta1**step, 1 - beta2**step), dtype=torch.float32)
 
 
 def scalars_on_device(settings: AdamWSettings, step: Tensor) -> Tensor:
@@ -76,79 +71,3 @@ def scalars_on_device(settings: AdamWSettings, step: Tensor) -> Tensor:
 def _constants(settings: AdamWSettings) -> tuple[float, ...]:
     beta1, beta2 = settings.betas
     return settings.lr, beta1, 1 - beta1, beta2, 1 - beta2, settings.eps, settings.weight_decay
-
-
-class Update:
-    """One AdamW update of what this rank owns, region by region."""
-
-    def __init__(
-        self,
-        state: ModelState,
-        groups: Sequence[AdamWSettings],
-        touched: set[str],
-        gradient_scale: Tensor,
-        keep: Tensor,
-    ) -> None:
-        self._state = state
-        self._groups = groups
-        self._touched = touched
-        self._gradient_scale = gradient_scale
-        self._keep = keep
-        self._scalars: dict[tuple[int, int], Tensor] = {}  # by group and cohort
-
-    def apply(self, region: Region, gradient: Tensor) -> None:
-        """Update one region. `gradient` covers `state.owned_bounds(region)`."""
-        state, moments = self._state, self._state.moments[region.name]
-        given = (state.owned_fp32(region), moments[EXP_AVG], moments[EXP_AVG_SQ], state.owned_low(region))
-        if state.plan.rules.program == "uniform":
-            self._select(region, gradient, given)
-            return
-        bounds = state.owned_bounds(region)
-        for stretch in find_stretches(region, bounds, state.steps, self._touched):
-            part = slice(stretch.start - bounds[0], stretch.stop - bounds[0])
-            whole = (stretch.start, stretch.stop) == bounds
-            parts = given if whole else tuple(None if one is None else one[part] for one in given)
-            results = self._call(stretch.group, stretch.cohort, gradient if whole else gradient[part], parts)
-            _write(parts, results)
-
-    def _select(self, region: Region, gradient: Tensor, given: _Given) -> None:
-        """Where programs must be equal on all ranks: a call over all of the owned part for each group and cohort, from
-        which a mask takes what it is for. Most regions have one of each, and need no mask."""
-        placements = [(one, (one.group, self._state.steps.cohort(one.name))) for one in region.placements]
-        kinds = sorted({kind for one, kind in placements if one.name in self._touched})
-        untouched = [one for one in region.placements if one.name not in self._touched and one.numel]
-        if len(kinds) == 1 and not untouched:
-            _write(given, self._call(*kinds[0], gradient, given))
-            return
-        selected: _Given = given
-        names = [frozenset(one.name for one, own in placements if own == kind) & self._touched for kind in kinds]
-        for kind, mask in zip(kinds, self._state.masks(region, names), strict=True):
-            results = self._call(*kind, gradient, tuple(None if one is None else one.clone() for one in given))
-            selected = tuple(
-                None if before is None or after is None else torch.where(mask, after, before)
-                for before, after in zip(selected, results, strict=True)
-            )
-        _write(given, selected)
-
-    def _call(self, group: int, cohort: int, gradient: Tensor, given: _Given) -> _Given:
-        settings = self._groups[group]
-        if (group, cohort) not in self._scalars:
-            step = self._state.steps.next_count(cohort)
-            self._scalars[group, cohort] = (
-                scalars_on_device(settings, step)
-                if isinstance(step, Tensor)
-                else scalars_for(settings, step, self._state.accelerator.device)
-            )
-        weight, exp_avg, exp_avg_sq, low = given
-        results: _Given = self._state.accelerator.kernels["adamw"](
-            weight, gradient, exp_avg, exp_avg_sq, self._scalars[group, cohort],
-            self._gradient_scale, self._keep, low, decoupled=settings.decoupled,
-        )  # fmt: skip
-        return results
-
-
-def _write(given: _Given, results: _Given) -> None:
-    """A kernel may return new tensors instead of having written into what it consumed."""
-    for destination, result in zip(given, results, strict=True):
-        if destination is not None and result is not None and result is not destination:
-            destination.copy_(result)

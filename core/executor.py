@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator, Group
-from windlass.core.adamw import AdamWSettings, Update
+from windlass.core.adamw import AdamWSettings
+from windlass.core.captured import Issuer
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
 from windlass.core.residency import Residency
 from windlass.core.scalars import send_scalar
 from windlass.core.state import STALE_WEIGHTS, ModelState
 from windlass.core.statistics import HostStatistics, LocalFacts, Outcome, StatisticsExchange, StepReport
+from windlass.core.update import Update
 
 
 class Phase(enum.Enum):
@@ -51,6 +53,7 @@ class Executor:
         if plan.rules.weights == "gathered":
             self.residency = Residency(self.state, self.gradients.expects_more)
             self.accelerator.collectives.publish(group)
+        self._issuer = Issuer(accelerator, captures=plan.rules.issue == "captured")
         self._statistics = StatisticsExchange(accelerator, group, list(plan.parameter_index))
         accelerator.streams.boundary()  # what was laid out is no part of the first step
 
@@ -130,7 +133,9 @@ class Executor:
             self.residency.settle()
         self.gradients.finish()
         uniform = self.plan.rules.program == "uniform"
-        unscale = send_scalar(1.0 / (loss_scale * self.group.size), self.accelerator.device)
+        unscale = self._issuer.keep(
+            "unscale", send_scalar(1.0 / (loss_scale * self.group.size), self.accelerator.device)
+        )
         if uniform and any(late := self.gradients.leftovers()):
             self.gradients.reduce_again(late)  # the same units on every rank, or the collectives say so
         facts = self._facts(unscale, loss, stop)
@@ -147,7 +152,8 @@ class Executor:
         if self.plan.rules.update == "replicated":
             self.gradients.share_replicas()
         if touched:
-            self._update(groups, touched, unscale * verdict.factor, verdict.keep)
+            update = Update(self.state, self._issuer, groups, touched, unscale * verdict.factor, verdict.keep)
+            update.apply(self.gradients.for_update)
             self.state.steps.advance(touched, verdict.keep if uniform else outcome.read().finite)
         if touched or uniform:  # a rank that has touched nothing must not leave the others alone in this
             self.share_weights()
@@ -157,15 +163,17 @@ class Executor:
         return outcome
 
     def _facts(self, unscale: Tensor, loss: Tensor | None, stop: bool) -> LocalFacts:
-        kernel, shards = self.accelerator.kernels, self.gradients.shards
-        squares = [
-            kernel["square_sum"](shards[region.name], unscale)
-            for region in self.plan.regions
-            if region.trainable and region.name in shards
-        ]
+        shards = self.gradients.shards
+        reduced = [shards[region.name] for region in self.plan.regions if region.name in shards]
+        squares = self._issuer.run("squares", self._sum_squares, len(reduced), [unscale, *reduced])
         return LocalFacts(
             squares, loss, stop, self.gradients.leftovers(), self.gradients.touched, self.gradients.passes
         )
+
+    def _sum_squares(self, _: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sum of squares and finite check of each vector after the first tensor, which is their scale."""
+        unscale, *vectors = tensors
+        return [self.accelerator.kernels["square_sum"](vector, unscale) for vector in vectors]
 
     def _known(self, statistics: HostStatistics) -> Outcome:
         self._skipped += not statistics.finite
@@ -180,12 +188,6 @@ class Executor:
         outcome = Outcome(lambda: report, touched=bool(statistics.touched))
         outcome.read()
         return outcome
-
-    def _update(self, groups: Sequence[AdamWSettings], touched: set[str], gradient_scale: Tensor, keep: Tensor) -> None:
-        update = Update(self.state, groups, touched, gradient_scale, keep)
-        for region in self.plan.regions:
-            if region.trainable:
-                update.apply(region, self.gradients.for_update(region))
 
     def share_weights(self) -> None:
         """Bring the weights that this rank owns to whoever needs them. A collective."""

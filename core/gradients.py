@@ -24,6 +24,7 @@ from windlass.accelerator.interface import Work
 from windlass.core.local_gradients import TAG, open_local_gradients, pack, write_packed
 from windlass.core.plan import Plan, Region, Unit
 from windlass.core.reduce_slots import ReduceSlots
+from windlass.core.reduced_sums import ReducedSums
 from windlass.core.state import ModelState, own_part
 
 
@@ -59,10 +60,13 @@ class Gradients:
         self._in_place = self.plan.rules.program == "free" or state.group.size == 1
         self._local = None if self._per_unit else open_local_gradients(self.plan, self.accelerator, state.group)
         self._replicated = self.plan.rules.update == "replicated"
+        captured = self.plan.rules.issue == "captured"
+        apart = [region for region in self._trainable if captured and self._is_transient(region)]
+        self._sums = ReducedSums(self.accelerator, state.group, apart)
         self._replicas: dict[str, Tensor] = {}  # whole sums over ranks, where the update is replicated
         if self._kept and self._replicated:
             narrow = [region for region in self._trainable if region.gradient_dtype != "float32"]
-            self._replicas = {region.name: self._allocate_sum(region.numel, shared=True) for region in narrow}
+            self._replicas = {region.name: self._sums.allocate(region.numel, shared=True) for region in narrow}
         self._slots = ReduceSlots(self.plan, self.accelerator, state.group)
         self._flying: deque[_Reduction] = deque()
         self._order: list[Unit] = [
@@ -151,7 +155,7 @@ class Gradients:
             self._settle_oldest()
         for region, packed in self._slots.take(index, self._regions_of(unit)):
             self._pack(region, packed)
-            arrived = self._allocate_sum(region.shard_numel)
+            arrived = self._sums.take(region)
             streams = self.accelerator.streams
             written = streams.record()
             with streams.lane("reduce"):
@@ -226,15 +230,15 @@ class Gradients:
         whole = self._local.take(region, self.touched)
         if self._replicated and region.name not in self._replicas:
             fp32 = region.gradient_dtype == "float32"
-            self._replicas[region.name] = whole if fp32 else self._allocate_sum(region.numel, shared=True)
+            self._replicas[region.name] = whole if fp32 else self._sums.allocate(region.numel, shared=True)
         if not self._in_place:
-            target = self._allocate_sum(region.shard_numel)
+            target = self._sums.take(region)
         elif self._replicated:
             target = own_part(region, self._replicas[region.name], self.state.group)
         elif self._lies_inside(region):
             target = own_part(region, whole, self.state.group)
         else:
-            target = self._allocate_sum(region.shard_numel)
+            target = self._sums.take(region)
         work = self.accelerator.collectives.reduce_scatter(target, whole, self.state.group, tag=TAG)
         self.shards[region.name] = target
         self._flying.append(_Reduction(region, work, target))
@@ -262,7 +266,7 @@ class Gradients:
         for region in self._trainable:
             shard = self.shards.pop(region.name, None)
             if shard is not None and self._is_transient(region):
-                self.accelerator.memory.release(shard)
+                self._sums.give_back(region, shard)
         if not self._kept:
             self._drop_replicas()
         if self._local is not None:
@@ -278,6 +282,7 @@ class Gradients:
         for handle in self._handles:
             handle.remove()
         self._drop_replicas()
+        self._sums.close()
         if self._local is not None:
             self._local.close()
         self._slots.close()
@@ -289,10 +294,6 @@ class Gradients:
                 self.accelerator.memory.release(whole)
 
     # -- small questions ---------------------------------------------------------------------------------------
-
-    def _allocate_sum(self, numel: int, *, shared: bool = False) -> Tensor:
-        group = self.state.group if shared else None
-        return self.accelerator.memory.empty((numel,), torch.float32, tag="reduced", shared=group)
 
     def _is_transient(self, region: Region) -> bool:
         """The shard of the sum is memory of its own, made for this step."""

@@ -83,6 +83,9 @@ class Rules:
     program: Literal["free", "uniform"] = (
         "free"  # uniform: all ranks run the same operations, and none waits for the host before the update
     )
+    issue: Literal["anew", "captured"] = (
+        "anew"  # captured: the update is recorded once and replayed, so what it reads lies where it lay before
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class Plan:
     slot_bytes: tuple[int, ...]  # gather slots
     reduce_slot_bytes: tuple[int, ...]  # buffers in which a unit's gradients wait for their reduction
     prediction: Prediction
+    moment_dtype: str = "float32"
+    noise_seed: int = 0  # of the rounding of moments of 16 bits
     version: int = PLAN_VERSION
     facts: Mapping[str, Any] = field(default_factory=dict)  # for people: model size, why something was chosen
 

@@ -52,7 +52,7 @@ def render_plan(plan: Plan) -> str:
         "Rules",
         f"  weights    {_WEIGHTS[rules.weights]}",
         f"  gradients  reduced {_REDUCE[rules.reduce_at]}",
-        f"  update     {_UPDATE[rules.update]}",
+        f"  update     {_UPDATE[rules.update]}{_describe_update(plan)}",
         f"  afterwards {_AFTER[rules.after_update]}",
         "",
         "Memory per rank between steps",
@@ -80,6 +80,12 @@ def render_plan(plan: Plan) -> str:
         dtypes = ", ".join(dict.fromkeys(region.dtype for region in regions))
         lines.append(f"  {unit.name or '(root)':<32}{numel:>14,} {dtypes}{slot}")
     return "\n".join(lines)
+
+
+def _describe_update(plan: Plan) -> str:
+    """What is out of the ordinary about it."""
+    replayed = "; recorded once and replayed" if plan.rules.issue == "captured" else ""
+    return replayed + ("" if plan.moment_dtype == "float32" else f"; moments in {plan.moment_dtype}")
 
 
 def _traffic(title: str, part: Iterable[Traffic]) -> list[str]:

@@ -36,6 +36,9 @@ class PlanSettings:
     device_memory_budget: int | None = None  # bytes per rank
     views: bool = True  # the accelerator's capability: parameters can live in a buffer that is used again and again
     uniform_program: bool = False  # the accelerator's capability: every rank must run the same program
+    capture_update: bool = False  # record the update once and replay it; not with a uniform program, nor without views
+    moment_dtype: str = "float32"  # or bfloat16, rounded stochastically
+    seed: int = 0  # of that rounding
 
 
 def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh, settings: PlanSettings) -> Plan:
@@ -45,6 +48,7 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         RULES[settings.stage],
         buffers="kept" if settings.views else "per_use",
         program="uniform" if settings.uniform_program else "free",
+        issue="captured" if settings.capture_update else "anew",
     )
     regions = _lay_out(specs, units, mesh.size("shard"), settings, rules)
     of_unit: dict[str, list[Region]] = defaultdict(list)
@@ -78,11 +82,15 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         slot_bytes=tuple(slot_bytes),
         reduce_slot_bytes=reduce_slot_bytes,
         prediction=prediction,
+        moment_dtype=settings.moment_dtype,
+        noise_seed=settings.seed if settings.moment_dtype != "float32" else 0,
         facts=_facts(specs, regions),
     )
 
 
 def _check(specs: Sequence[ParamSpec], mesh: Mesh, settings: PlanSettings) -> None:
+    if settings.capture_update and (settings.uniform_program or not settings.views):
+        raise ValueError("an update cannot be captured where programs are uniform or buffers are made for each use")
     if settings.stage not in RULES:
         raise ValueError(f"zero_optimization.stage is 0, 1, 2 or 3, got {settings.stage}")
     if not specs:
@@ -198,12 +206,14 @@ def _predict(
         first_micro_step=(*first, *per_micro),
         micro_step=(*later, *per_micro),
         boundary=tuple(boundary),
-        persistent=_persistent(regions, rules, slot_bytes, reduce_slot_bytes),
+        persistent=_persistent(regions, settings, rules, slot_bytes, reduce_slot_bytes),
         working=_working(trainable, rules, slot_bytes, reduce_slot_bytes),
     )
 
 
-def _persistent(regions: Sequence[Region], rules: Rules, slots: int, reduce_slots: int) -> dict[str, int]:
+def _persistent(
+    regions: Sequence[Region], settings: PlanSettings, rules: Rules, slots: int, reduce_slots: int
+) -> dict[str, int]:
     """Bytes per rank between steps, by tag of the memory facet."""
     trainable = [region for region in regions if region.trainable]
     owned = {r.name: r.numel if rules.update == "replicated" else r.shard_numel for r in trainable}
@@ -212,12 +222,14 @@ def _persistent(regions: Sequence[Region], rules: Rules, slots: int, reduce_slot
     memory = {
         "weights": sum((r.numel if whole else r.shard_numel) * BYTES[r.dtype] for r in regions),
         "master": sum(owned[r.name] * 4 for r in trainable if r.dtype != "float32" or (apart and r.num_shards > 1)),
-        "optimizer": sum(owned[r.name] * 8 for r in trainable),
+        "optimizer": sum(owned[r.name] * 2 * BYTES[settings.moment_dtype] for r in trainable),
     }
     if rules.buffers == "kept":
         memory |= _gradient_buffers(trainable, rules)
         memory["gather_slots"] = slots
         memory["reduce_slots"] = reduce_slots
+    if rules.issue == "captured" and rules.update == "shard":
+        memory["reduced"] = 4 * sum(r.shard_numel for r in trainable if not _sum_lies_inside(r, rules))
     return {tag: size for tag, size in memory.items() if size}
 
 
@@ -231,12 +243,17 @@ def _gradient_buffers(trainable: Sequence[Region], rules: Rules) -> dict[str, in
     return memory
 
 
+def _sum_lies_inside(region: Region, rules: Rules) -> bool:
+    """Whether a rank's sum over ranks can be written over its part of the gradient, where programs are free."""
+    return rules.reduce_at == "boundary" and (region.gradient_dtype == "float32" or region.num_shards == 1)
+
+
 def _working(trainable: Sequence[Region], rules: Rules, slots: int, reduce_slots: int) -> dict[str, int]:
     """Bytes that exist only while a step runs: reduced shards in fp32, and buffers made for one use."""
     memory: dict[str, int] = {}
     if rules.buffers == "per_use":
         memory = {"gather_slots": slots, "reduce_slots": reduce_slots, **_gradient_buffers(trainable, rules)}
-    if rules.update == "shard":
+    if rules.update == "shard" and rules.issue == "anew":
         apart = [r for r in trainable if rules.reduce_at == "unit" or r.gradient_dtype != "float32"]
         memory["reduced"] = sum(r.shard_numel * 4 for r in apart)
     if rules.program == "uniform" and rules.reduce_at == "boundary":  # no sum lies inside of what was summed

@@ -109,8 +109,9 @@ class ModelState:
             owned = whole if self.plan.rules.update == "replicated" else shard
             if region.dtype != "float32" or self.plan.shards_apart:
                 self.master[region.name] = memory.empty((owned.numel(),), torch.float32, tag="master").copy_(owned)
+            moment_dtype = dtype_from_name(self.plan.moment_dtype)
             self.moments[region.name] = {
-                key: memory.empty((owned.numel(),), torch.float32, tag="optimizer").zero_() for key in MOMENTS
+                key: memory.empty((owned.numel(),), moment_dtype, tag="optimizer").zero_() for key in MOMENTS
             }
         for placement in region.placements:
             parameter = self.parameters[placement.name]

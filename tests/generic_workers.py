@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
+import pretend_device
+from fake_plugins import raises_sentence
 from recorded_device import RecordedModule
-from windlass.accelerator.errors import WindlassError
+from windlass.accelerator.errors import CollectiveTimeout, WindlassError
 from windlass.accelerator.interface import Group
 from windlass.backends.generic.device import GenericAccelerator, open_device
-from windlass.backends.generic.process_groups import Agreement
+from windlass.backends.generic.process_groups import Agreement, ProcessGroupTransport
 from windlass.backends.generic.streams import DeviceEvent
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8)
@@ -137,7 +140,58 @@ def gather_on_a_lane() -> None:
         assert isinstance(work, DeviceEvent)
         assert not work.done()
         work.wait()
-        assert module.log == [f"e0 on {stream.name}", "s0 waits for e0"]
+        assert module.log == [f"e0 on {stream.name}", f"e1 on {stream.name}", "s0 waits for e1"]  # before and after
         assert vector.tolist() == [float(sum(range(world.size)))] * 3
     finally:
+        accelerator.close()
+
+
+def carry_host_tensors() -> dict[str, int]:
+    """Every collective on tensors of the host beside a device, in groups of several ranks and of one; no mixed call."""
+    pretend_device.register()
+    accelerator = open_device(pretend_device.NAME, name="vendor", process_group="gloo")
+    try:
+        collectives = accelerator.collectives
+        backwards, alone = collectives.group((2, 0), "backwards"), collectives.group((1,), "alone")
+        for group in [collectives.world, *[one for one in (backwards, alone) if one.rank >= 0]]:
+            for dtype in DTYPES:
+                carry(accelerator, group, dtype)
+        mixed = torch.zeros(3), accelerator.memory.empty((1,), torch.float32)
+        sentence = (
+            "all_gather 'mixed' on vendor:0 needs all its tensors on the device or all on the host, got some on each; "
+            "copy one first"
+        )
+        with raises_sentence(ValueError, sentence):
+            collectives.all_gather(*mixed, collectives.world, tag="mixed")
+        collectives.barrier(collectives.world)
+        work = collectives.all_reduce(torch.ones(4), collectives.world, tag="unawaited")
+        accelerator.streams.synchronize()
+        assert work.done()
+        tallies = accelerator.counters.collectives
+        return {"all_gather": tallies["all_gather", "float32"].bytes}
+    finally:
+        accelerator.close()
+
+
+def wait_for_a_late_rank() -> None:
+    """On streams: a collective begins and never ends, and the host waits for what comes after it."""
+    module = RecordedModule()
+    accelerator = open_device("cpu", name="generic", module=module)
+    try:
+        collectives, world = accelerator.collectives, accelerator.collectives.world
+        vector = torch.ones(4)
+        collectives.all_reduce(vector, world, tag="norm")
+        before, _ = module.events[-2:]
+        before.happened = True
+        transport = collectives._transport(world)
+        assert isinstance(transport, ProcessGroupTransport)
+        transport._flights._timeout_seconds = 0.3
+        with pytest.raises(
+            CollectiveTimeout, match=rf"in all_reduce 'norm' within 0.3 s while rank {world.rank} waited"
+        ):
+            accelerator.read_host(vector)
+        with pytest.raises(CollectiveTimeout, match=r"^generic:0 makes no more collectives since one failed \(a rank "):
+            collectives.all_reduce(vector, world, tag="norm")
+    finally:
+        module.synchronize()
         accelerator.close()

@@ -15,7 +15,13 @@ from typing import Any, Final, Literal
 from windlass.accelerator.interface import Work
 
 Base = Literal["cpu", "sim"]
-_FILES: Final = ("mutations_memory", "mutations_kernels", "mutations_collectives", "mutations_sim")
+_FILES: Final = (
+    "mutations_memory",
+    "mutations_kernels",
+    "mutations_optimizers",
+    "mutations_collectives",
+    "mutations_sim",
+)
 
 
 @dataclass(frozen=True)

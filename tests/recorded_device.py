@@ -10,9 +10,10 @@ from typing import Any
 
 
 class RecordedStream:
-    def __init__(self, module: RecordedModule, name: str) -> None:
+    def __init__(self, module: RecordedModule, name: str, priority: int) -> None:
         self._module = module
         self.name = name
+        self.priority = priority
 
     def wait_event(self, event: RecordedEvent) -> None:
         self._module.log.append(f"{self.name} waits for {event.name}")
@@ -28,11 +29,15 @@ class RecordedEvent:
         self._module = module
         self.name = name
         self.happened = False
+        self.happens_after: int | None = None  # so many questions; None: when a test says so
 
     def record(self, stream: RecordedStream) -> None:
         self._module.log.append(f"{self.name} on {stream.name}")
 
     def query(self) -> bool:
+        if self.happens_after is not None:
+            self.happened = self.happened or self.happens_after <= 0
+            self.happens_after -= 1
         return self.happened
 
     def synchronize(self) -> None:
@@ -53,8 +58,8 @@ class RecordedModule:
         self._current = [self.Stream()]
         self.total, self.reserved = 2**30, 2**20
 
-    def Stream(self) -> RecordedStream:
-        self.streams.append(RecordedStream(self, f"s{len(self.streams)}"))
+    def Stream(self, priority: int = 0) -> RecordedStream:
+        self.streams.append(RecordedStream(self, f"s{len(self.streams)}", priority))
         return self.streams[-1]
 
     def Event(self) -> RecordedEvent:

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from windlass import functional as functional
     from windlass.accelerator.errors import (
         BackendAmbiguous,
         BackendNotFound,
@@ -68,6 +69,8 @@ _HOMES = {
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so still finds misspelt names
 
     def __getattr__(name: str) -> object:
+        if name == "functional":  # a module, which its import puts into this one
+            return importlib.import_module("windlass.functional")
         home = _HOMES.get(name)
         if home is None:
             raise AttributeError(

@@ -58,6 +58,7 @@ def _refused_if_present(section: str, alternative: str) -> dict[str, Refused]:
 
 _UNQUANTIZED = "weights and gradients travel unquantized, with more traffic and no loss of precision"
 _FP32_STATES = "master weights, gradients and optimizer states stay in fp32, with more memory and no loss of precision"
+_FP32_MASTERS = "master weights and gradients stay in fp32, with more memory and no loss of precision"
 _MODEL_CHECKPOINTS = "activation checkpointing is left to the model, use torch.utils.checkpoint in its forward"
 _NO_MONITOR = "nothing is sent there, log engine.grad_norm and engine.lr in the training loop"
 _OWN_DATA_ORDER = "remove it and order the data in your data loader"
@@ -87,8 +88,7 @@ NOT_YET: dict[str, NotYet] = {
         False, "remove it and cast the model's inputs to fp16 in the training loop", changes_meaning=True
     ),
     "fp16.fp16_master_weights_and_grads": NotYet(False, _FP32_STATES),
-    "bf16.bf16_master_weights_and_grads": NotYet(False, _FP32_STATES),
-    "bf16.bf16_optimizer_states": NotYet(False, _FP32_STATES),
+    "bf16.bf16_master_weights_and_grads": NotYet(False, _FP32_MASTERS),
     "bf16.check_grad_overflow": NotYet(True, "a step with a gradient that is not finite is skipped all the same"),
     "torch_autocast.lower_precision_safe_modules": NotYet(None, "torch.autocast chooses by operation"),
     "data_types.param_dtype": NotYet(None, "remove it and turn on fp16 or bf16", changes_meaning=True),

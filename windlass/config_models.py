@@ -87,6 +87,7 @@ class Bf16Config(Section):
     """bf16 weights."""
 
     enabled: bool = False
+    bf16_optimizer_states: bool = False  # moments in bf16 too, rounded stochastically
 
 
 class AutocastConfig(Section):
@@ -127,6 +128,7 @@ class _Common(Section):
     data_types: DataTypesConfig = DataTypesConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     plan: PlanConfig = PlanConfig()
+    capture_update: bool = False  # record the update once and replay it, where the device can
     seed: NotNegative = 1234
     steps_per_print: Annotated[Positive | None, BeforeValidator(_never)] = None  # None: never
     wall_clock_breakdown: bool = False

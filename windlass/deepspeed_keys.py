@@ -62,6 +62,7 @@ DONE: dict[str, Done] = {
     "fp16.consecutive_hysteresis": Done(False, "a good step restores the hysteresis"),
     "fp16.min_loss_scale": Done(1.0, "the dynamic scale never falls below this"),
     "bf16.enabled": Done(False, "bf16 weights and gradients with fp32 master weights"),
+    "bf16.bf16_optimizer_states": Done(False, "Adam's moments in bf16, rounded stochastically, where bf16 is enabled"),
     "torch_autocast.enabled": Done(False, "run the forward under torch.autocast, weights in fp32"),
     "torch_autocast.dtype": Done("bf16", '"bf16" or "fp16"'),
     "data_types.grad_accum_dtype": Done(None, '"fp32", "bf16" or "fp16"; null: fp32'),
@@ -74,6 +75,7 @@ DONE: dict[str, Done] = {
 OWN: dict[str, Done] = {
     "accelerator": Done("auto", "the backend, as `windlass doctor` names it"),
     "seed": Done(1234, "seeds the random streams of all ranks"),
+    "capture_update": Done(False, "record the optimizer's update once and replay it, where the device can"),
     "plan.prefetch": Done(1, "units gathered ahead of use, 0 to 4"),
     "plan.device_memory_budget": Done(None, "bytes per device that the plan may use; null: all"),
     "plan.host_memory_budget": Done(None, "bytes of host memory per rank that the plan may use; null: all"),

@@ -30,7 +30,7 @@ from windlass.optimizer import (
     group_of_parameters,
     read_settings,
 )
-from windlass.planning import LONG_DTYPES, build_scaler, plan_training
+from windlass.planning import LONG_DTYPES, build_scaler, plan_training, why_not_captured
 from windlass.step_books import StepBooks, Updated
 
 logger = logging.getLogger("windlass")
@@ -68,6 +68,8 @@ class Engine:
         self.executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
+        if config.capture_update and (reason := why_not_captured(accelerator.capabilities)):
+            self._tell([f"warning: capture_update has no effect on {accelerator.name}: {reason}; results are the same"])
         self._state_dict_hooks = [
             inner.register_state_dict_post_hook(partial(self._complete_state_dict, path))
             for path, inner in model.named_modules()

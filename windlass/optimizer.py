@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ _UNSUPPORTED = ("amsgrad", "maximize")
 
 class PlannedOptimizer(torch.optim.Optimizer):
     """Carries parameter groups, so that any scheduler can drive them. The engine's plan does the update."""
+
+    # torch wraps this method so that its compiler leaves it alone, and imports the compiler for that, which takes 3 s.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Called by the engine after each update, to keep torch's schedulers in step; does nothing itself."""

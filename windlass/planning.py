@@ -36,6 +36,7 @@ def plan_training(
     target = WEIGHT_DTYPES[precision]
     specs, units = describe_model(model, groups, dtype=target)
     accumulation = config.data_types.grad_accum_dtype
+    narrow = config.bf16.enabled and config.bf16.bf16_optimizer_states
     settings = PlanSettings(
         stage=config.zero_optimization.stage,
         precision=precision,
@@ -45,8 +46,20 @@ def plan_training(
         device_memory_budget=config.plan.device_memory_budget,
         views=capabilities is None or capabilities.views,
         uniform_program=capabilities is not None and capabilities.uniform_program,
+        capture_update=config.capture_update and not why_not_captured(capabilities),
+        moment_dtype="bfloat16" if narrow else "float32",
+        seed=config.seed,
     )
     return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
+
+
+def why_not_captured(capabilities: Capabilities | None) -> str:
+    """What there is about a device that makes nothing of capture_update; empty if nothing does."""
+    if capabilities is not None and capabilities.uniform_program:
+        return "it compiles and runs whole steps as one program anyway"
+    if capabilities is not None and not capabilities.views:
+        return "its buffers are made anew for each use"
+    return ""
 
 
 def build_scaler(config: Config) -> LossScaler:

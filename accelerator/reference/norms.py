@@ -9,8 +9,10 @@ from windlass.accelerator.kernels import KernelSchema
 
 _ROUNDING = "statistics and products in fp32; results are rounded once, to their dtype"
 _TOLERANCE = (
-    "(h + 8) ulp of fp32 of the sum of the sizes of what is added, taken through the formula, and half a unit of the "
-    "result's dtype; inf and nan spoil their row of y and input_gradient only"
+    "with f the eps of fp32: (h / 16 + 8) f of the sum of the sizes of its terms for a sum over a row, (t / 16 + 8) f "
+    "of that for a sum over tokens, 4 f of the sum of the sizes of what it takes for anything else, all that taken "
+    "through the formula, and at last the eps of the result's dtype; inf and nan spoil their row of output and "
+    "input_gradient only, and their column of weight_gradient and bias_gradient at least"
 )
 
 RMS_NORM = KernelSchema(

@@ -38,7 +38,15 @@ POLAR_GRAM = KernelSchema(
     ),
     consumes=(),
     rounding=POLAR.rounding,
-    tolerance=POLAR.tolerance,
+    tolerance=(
+        "of the error of U p(S) V^T in the Frobenius norm: as polar's, but with a quarter of a unit of product_dtype, "
+        "which is what roundings come to in the mean, and such a quarter of S besides wherever the Gram matrix G is "
+        "made. To this comes what the noise of G and of the product P of the steps since then is when P meets X, by "
+        "the slopes of the product of the later steps as a function of G. Each step, spread evenly over the small "
+        "matrix, adds to the noise of G a quarter of a unit of product_dtype and 2 of fp32 of "
+        "(|a| + |b| S^2 + |c| S^4)^2 S^2, to that of P the same of (|a| + |b| S^2 + |c| S^4) P; a new G begins with a "
+        "quarter of a unit of S^2 and 2 of fp32 of the sum of S^2. Zeros and what is not finite are as polar's"
+    ),
 )
 
 
@@ -72,6 +80,7 @@ def polar_gram(
     costs less. All small matrices are symmetric and commute, which an implementation may use. Rounding errors in G
     grow by a^2 a step where X is small: a restart computes X and G anew (Dao et al. 2026, "Gram Newton-Schulz").
     """
+    require_gram_dtype(product_dtype)
     if stack.numel() == 0:
         return stack.clone()
     if restarts is None:
@@ -87,10 +96,20 @@ def polar_gram(
             product = rest + a * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)
         else:
             product = a * product + _multiply(rest, product, product_dtype)
-        once = a * gram + _multiply(rest, gram, product_dtype)
-        gram = a * once + _multiply(rest, once, product_dtype)
+        if step + 1 < len(coefficients) and step + 1 not in restarts:
+            once = a * gram + _multiply(rest, gram, product_dtype)
+            gram = a * once + _multiply(rest, once, product_dtype)
     x = x if product is None else _multiply(product, x, product_dtype)
     return (x.mT if tall else x).to(stack.dtype).contiguous()
+
+
+def require_gram_dtype(product_dtype: torch.dtype) -> None:
+    """Raise ValueError for a dtype in which the Gram form is not safe: its noise would become singular values."""
+    if product_dtype not in (torch.float32, torch.float16):
+        raise ValueError(
+            f"kernel 'polar_gram' got products in {product_dtype}, wanted float32 or float16, whose rounding errors "
+            f"the Gram form does not lift to singular values; use 'polar'"
+        )
 
 
 def _normalize(stack: Tensor) -> tuple[Tensor, bool]:

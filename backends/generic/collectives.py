@@ -1,14 +1,15 @@
 """Collectives on torch.distributed: a process group for each group, behind the checks that all facets share.
 
 The process group's backend is the one that torch.distributed names for the device (nccl, xccl, gloo, ...) unless
-another is given. A world of one needs none.
+another is given. A world of one needs none. Where the device is not the host, tensors of the host go through gloo.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,22 @@ from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.environment import Environment
-from windlass.accelerator.errors import BackendUnusable, CollectiveMismatch
+from windlass.accelerator.errors import BackendUnusable, CollectiveMismatch, WindlassError
 from windlass.accelerator.interface import Group
-from windlass.backends.cpu.arguments import check_tensors
 from windlass.backends.cpu.checked import CheckedCollectives
 from windlass.backends.cpu.gloo import GlooTransport
 from windlass.backends.cpu.peers import Peer, describe_self, read_peer
 from windlass.backends.cpu.process_group import join
+from windlass.backends.cpu.transport import AloneTransport, Transport
 from windlass.backends.generic.process_groups import Agreement, ProcessGroupTransport
+from windlass.backends.generic.split_transport import SplitTransport, check_split
 from windlass.backends.generic.streams import DeviceLanes, OneLane
+
+MakeOptions = Callable[[timedelta], Any]
+"""From a process group's timeout to the options of its library; the timeout must be set in them too."""
+
+_LIBRARY_PATIENCE: Final = 2.0
+"""On streams a library counts its timeout from when a call was issued. Ours, which names the call, comes first."""
 
 
 class ProcessGroupCollectives(CheckedCollectives):
@@ -39,6 +47,7 @@ class ProcessGroupCollectives(CheckedCollectives):
         environment: Environment,
         *,
         backend: str | None = None,
+        make_options: MakeOptions | None = None,
         agreement: Agreement = "always",
         ordered: bool = False,
     ) -> None:
@@ -49,6 +58,9 @@ class ProcessGroupCollectives(CheckedCollectives):
         self._timeout_seconds = environment.timeout_seconds
         self._agreement: Agreement = agreement
         self._ordered = ordered
+        self._make_options = make_options
+        self._device_transports: list[ProcessGroupTransport] = []
+        self._failure: WindlassError | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
         self._made: list[dist.ProcessGroup] = []
         self._backend = find_process_group_backend(name, device.type, backend) if environment.num_ranks > 1 else ""
@@ -62,6 +74,8 @@ class ProcessGroupCollectives(CheckedCollectives):
         except BaseException:
             self.close()
             raise
+        if self._world.size > 1 and isinstance(streams, DeviceLanes):
+            streams.host_wait.look_after(self.look)
 
     @property
     def world(self) -> Group:
@@ -93,11 +107,31 @@ class ProcessGroupCollectives(CheckedCollectives):
         self._open(group, host)
         return group
 
+    def exchange(self, text: str) -> list[str]:
+        """A short text of every rank of the world, by rank; all call it."""
+        return self._transport(self._world).exchange(text)
+
+    def look(self) -> None:
+        """While the host waits for the device: raise if a collective waits for a peer that is lost or does not come.
+
+        All collectives under way are then ended where the library can, and none can be made any more.
+        """
+        for transport in self._device_transports:
+            try:
+                transport.look()
+            except WindlassError as error:
+                self._failure = error
+                for other in self._device_transports:
+                    other.abort()
+                self._device_transports.clear()
+                raise
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._transports.clear()
+        self._device_transports.clear()
         if not self._membership.created_world and dist.is_initialized():
             for process_group in self._made:  # leaving a world that we made takes these along
                 dist.destroy_process_group(process_group)
@@ -118,9 +152,13 @@ class ProcessGroupCollectives(CheckedCollectives):
         """Make the device's process group, which all ranks of the world do, and on members the transport."""
         process_group: dist.ProcessGroup | None = None
         if group.size > 1:
-            timeout = timedelta(seconds=self._timeout_seconds)
+            patience = _LIBRARY_PATIENCE if isinstance(self._streams, DeviceLanes) else 1.0
+            timeout = timedelta(seconds=patience * self._timeout_seconds)
             try:
-                process_group = dist.new_group(list(group.ranks), timeout=timeout, backend=self._backend)
+                options = None if self._make_options is None else self._make_options(timeout)
+                process_group = dist.new_group(
+                    list(group.ranks), timeout=timeout, backend=self._backend, pg_options=options
+                )
             except (RuntimeError, ValueError) as error:
                 raise BackendUnusable(
                     f"{self._name} cannot open a process group of {self._backend}: {str(error).splitlines()[0]}; give "
@@ -134,7 +172,7 @@ class ProcessGroupCollectives(CheckedCollectives):
         others = [self._peers[rank] for rank in group.ranks if rank != here.rank]
         near = [peer for peer in others if peer.host == here.host]
         gloo = None if host is None else GlooTransport(group, host, self._timeout_seconds, near)
-        self._transports[group.name, group.ranks] = ProcessGroupTransport(
+        transport = ProcessGroupTransport(
             group,
             process_group,
             gloo,
@@ -144,9 +182,24 @@ class ProcessGroupCollectives(CheckedCollectives):
             timeout_seconds=self._timeout_seconds,
             near=near,
         )
+        self._device_transports.append(transport)
+        self._transports[group.name, group.ranks] = self._add_host(transport, gloo)
+
+    def _add_host(self, transport: ProcessGroupTransport, gloo: GlooTransport | None) -> Transport:
+        """The transport of a group whose tensors may lie on the host too, unless that is where all of them lie."""
+        if self._device.type == "cpu":
+            return transport
+        return SplitTransport(transport, gloo or AloneTransport(transport.group), self._streams)
+
+    def _transport(self, group: Group) -> Transport:
+        if self._failure is not None and not self._closed:
+            raise type(self._failure)(
+                f"{self._name} makes no more collectives since one failed ({self._failure}); start the job again"
+            ) from self._failure
+        return super()._transport(group)
 
     def _check(self, kind: str, tag: str, *tensors: Tensor) -> list[Tensor]:
-        return check_tensors(kind, tag, *tensors, device_type=self._device.type, name=self._name)
+        return check_split(kind, tag, *tensors, device_type=self._device.type, name=self._name)
 
 
 def find_process_group_backend(name: str, device_type: str, given: str | None) -> str:

@@ -18,7 +18,7 @@ from windlass.accelerator.errors import BackendUnusable
 from windlass.accelerator.interface import Accelerator, Capabilities
 from windlass.accelerator.kernels import Kernel, Kernels
 from windlass.accelerator.reference import SCHEMAS, reference_kernels
-from windlass.backends.generic.collectives import ProcessGroupCollectives
+from windlass.backends.generic.collectives import MakeOptions, ProcessGroupCollectives
 from windlass.backends.generic.host_memory import HostAllocator, PageLock, find_page_lock
 from windlass.backends.generic.memory import DeviceMemory
 from windlass.backends.generic.process_groups import Agreement
@@ -31,6 +31,7 @@ class GenericAccelerator(Accelerator):
     """A device of PyTorch. Its random state is that of the device and, behind it, that of the host."""
 
     memory: DeviceMemory
+    collectives: ProcessGroupCollectives
     module: Any  # of the device: torch.cuda, torch.xpu, torch.<vendor>
 
     def seed(self, seed: int) -> None:
@@ -52,10 +53,23 @@ class GenericAccelerator(Accelerator):
             state = state[8 + length :].clone()
         torch.default_generator.set_state(state)
 
+    def read_host(self, tensor: Tensor, *, tag: str = "step") -> list[float]:
+        self._block()
+        return super().read_host(tensor, tag=tag)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        self._block()
+        return super().to_host(tensor)
+
     def close(self) -> None:
         """Give back groups and memory. Safe to call twice."""
         self.memory.close()
         super().close()
+
+    def _block(self) -> None:
+        """Where there are peers, wait for the current lane before a copy that waits for it: see `host_waits`."""
+        if isinstance(self.streams, DeviceLanes) and self.streams.host_wait.is_watched:
+            self.streams.record().block()
 
     @property
     def _has_generator(self) -> bool:
@@ -68,25 +82,29 @@ def open_device(
     index: int = 0,
     *,
     name: str,
+    accelerator_class: type[GenericAccelerator] = GenericAccelerator,
     module: Any = None,
     kernels: Iterable[Kernel] = (),
     dtypes: tuple[str, ...] | None = None,
     matmul_dtypes: tuple[str, ...] = ("float32",),
     shared_device: bool = False,
     process_group: str | None = None,
+    process_group_options: MakeOptions | None = None,
     agreement: Agreement = "always",
     ordered_reduction: bool = False,
     page_lock: PageLock | None = None,
     torch_pins: bool = False,
+    host_allocator: HostAllocator | None = None,
 ) -> GenericAccelerator:
     """Open device `index` of a type that torch knows as the accelerator `name:index`, and meet the other ranks.
 
-    `module` is by default torch's for the type. `dtypes` are asked of the device unless they are given.
-    `process_group` names a backend of torch.distributed in place of torch's choice for the type. `agreement` says
-    when ranks compare calls before they make them: see the note in `process_groups`. `ordered_reduction` adds terms
-    in rank order; a reduce-scatter then takes as much extra memory as its input. Host memory is page-locked by
-    `page_lock`, by the runtime of the module where it has CUDA's call for that, or, with `torch_pins`, by torch, for
-    vendors whose allocator is known not to round; otherwise it is ordinary memory.
+    What is opened is an `accelerator_class`. `module` is by default torch's for the type. `dtypes` are asked of the
+    device unless they are given. `process_group` names a backend of torch.distributed in place of torch's choice for
+    the type, and `process_group_options` makes its options from a timeout. `agreement` says when ranks compare calls
+    before they make them: see the note in `process_groups`. `ordered_reduction` adds terms in rank order; a
+    reduce-scatter then takes as much extra memory as its input. Host memory is page-locked by `page_lock`, by the
+    runtime of the module where it has CUDA's call for that, or, with `torch_pins`, by torch, for vendors whose
+    allocator is known not to round; otherwise it is ordinary memory. `host_allocator` replaces all that.
 
     Raises `BackendUnusable` where the device lacks what is needed, and what `join` raises when ranks do not come.
     """
@@ -102,7 +120,7 @@ def open_device(
     device = torch.device(device_type) if device_type == "cpu" else torch.device(device_type, index)
     counters = Counters()
     streams = open_lanes(module)
-    host = HostAllocator(page_lock or find_page_lock(module), torch_pins=torch_pins)
+    host = host_allocator or HostAllocator(page_lock or find_page_lock(module, device), torch_pins=torch_pins)
     collectives = ProcessGroupCollectives(
         name,
         device,
@@ -110,6 +128,7 @@ def open_device(
         counters,
         read_environment(),
         backend=process_group,
+        make_options=process_group_options,
         agreement=agreement,
         ordered=ordered_reduction,
     )
@@ -126,7 +145,7 @@ def open_device(
             float64=float64,
             shared_device=shared_device,
         )
-        accelerator = GenericAccelerator(
+        accelerator = accelerator_class(
             name,
             device,
             DeviceMemory(name, device, module, streams, counters, host, (*dtypes, *("float64",) * float64)),

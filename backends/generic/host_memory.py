@@ -6,6 +6,7 @@ mapped here and the vendor's runtime is asked to lock them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,9 +23,13 @@ PageLock = Callable[[Tensor], Callable[[], None]]
 
 
 class HostAllocator:
-    """Gives host memory: pages locked by `page_lock`, torch's own pinned memory, or ordinary memory."""
+    """Gives host memory: pages locked by `page_lock`, torch's own pinned memory, or ordinary memory.
 
-    def __init__(self, page_lock: PageLock | None = None, *, torch_pins: bool = False) -> None:
+    `kind` says in words for the facts what `page_lock` does, where that is not what its name says.
+    """
+
+    def __init__(self, page_lock: PageLock | None = None, *, torch_pins: bool = False, kind: str = "") -> None:
+        self._kind = kind
         self._page_lock = page_lock
         self._torch_pins = torch_pins
         self.capacity = read_capacity()  # bytes
@@ -34,7 +39,7 @@ class HostAllocator:
     def kind(self) -> str:
         """For the facts: how this memory is allocated."""
         if self._page_lock is not None:
-            return "page-locked, exact"
+            return self._kind or "page-locked, exact"
         return "page-locked by torch" if self._torch_pins else "pageable"
 
     def allocate(self, nbytes: int) -> tuple[Tensor, Callable[[], None]]:
@@ -46,7 +51,7 @@ class HostAllocator:
         return align(room), _nothing
 
 
-def find_page_lock(module: Any) -> PageLock | None:
+def find_page_lock(module: Any, device: torch.device) -> PageLock | None:
     """How the runtime beneath a device module locks pages, if it has the call that CUDA and ROCm share."""
     if not hasattr(module, "cudart"):
         return None
@@ -56,6 +61,7 @@ def find_page_lock(module: Any) -> PageLock | None:
         address = buffer.data_ptr()
         status = int(runtime.cudaHostRegister(address, buffer.nbytes, 0))
         if status != 0:
+            _forget_error(device)
             raise RuntimeError(f"locking {buffer.nbytes} bytes of host memory fails with status {status}")
         return lambda: _unlock(runtime, buffer)
 
@@ -65,6 +71,12 @@ def find_page_lock(module: Any) -> PageLock | None:
 def align(room: Tensor) -> Tensor:
     """The part of a uint8 tensor from its first aligned byte on."""
     return room[-room.data_ptr() % ALIGNMENT :]
+
+
+def _forget_error(device: torch.device) -> None:
+    """The runtime keeps the error of a failed call, and torch would take it for that of the next kernel: this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _unlock(runtime: Any, buffer: Tensor) -> None:

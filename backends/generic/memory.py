@@ -122,10 +122,13 @@ class DeviceMemory(BookedMemory[Account]):
         if after is not None:
             after.wait()
         places = self._place_of(source), self._place_of(destination)
-        if self._lanes is not None and places == (Place.HOST, Place.HOST):
-            self._lanes.record().block()  # this copy is the host's, which no stream keeps in order
         # From or to memory that is not page-locked a device copies while the host waits, or reads what is gone by then.
+        # Strided memory of the host goes through a copy of it, which torch makes without waiting for the device.
         asynchronous = self._lanes is not None and self._is_reachable(destination) and self._is_reachable(source)
+        if self._lanes is not None and (places == (Place.HOST, Place.HOST) or not asynchronous):
+            # The host copies, or it waits for the device in its runtime. No stream keeps the first in order, and the
+            # second cannot be left when what is waited for is a peer.
+            self._lanes.record().block()
         destination.detach().copy_(source.detach(), non_blocking=asynchronous)
         self._counters.count_copy(COPY_KINDS.get(places, "device"), tag, source.nbytes)
         return self._lanes.record() if self._lanes is not None else DoneWork()
@@ -186,11 +189,11 @@ class DeviceMemory(BookedMemory[Account]):
         return Measure("estimate", account.reserved) if read is None else Measure("exact", int(read()))
 
     def _is_reachable(self, tensor: Tensor) -> bool:
-        """Whether the device reads and writes this memory by itself."""
+        """Whether the device reads and writes this memory by itself, without a copy that the host makes of it."""
         if tensor.device.type == self._device.type:
             return True
         allocation = self._allocations.get(_identity(tensor))
-        return allocation is not None and allocation.page_locked
+        return allocation is not None and allocation.page_locked and tensor.is_contiguous()
 
     def _place_of(self, tensor: Tensor) -> Place:
         allocation = self._allocations.get(_identity(tensor))

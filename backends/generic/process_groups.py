@@ -4,11 +4,12 @@
 that waits cannot say for whom. So the ranks first tell each other on the host, over gloo, what they call; it is there
 that a mismatch, a dead peer and one that does not come are found and named. With "always" this holds for every call.
 With "first use" only a call that is new to the group is agreed on; later ones cost the host nothing, and what goes
-wrong in them is found by the device library's own timeout.
+wrong in them is found when the host waits for the device (see `flights`), at last by the device library's own timeout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from windlass.backends.cpu.arguments import overlap
 from windlass.backends.cpu.gloo import GlooTransport, GlooWork
 from windlass.backends.cpu.peers import Peer
 from windlass.backends.cpu.transport import Call, Transport, check_splits, parts
+from windlass.backends.generic.flights import DEATH_SECONDS, Flights, describe_death, describe_timeout
 from windlass.backends.generic.streams import DeviceLanes, OneLane
 
 Agreement = Literal["always", "first use"]
@@ -32,8 +34,6 @@ Started = tuple[dist.Work | None, Callable[[], None]]  # what is under way, and 
 # torch 2.13 renames these two, and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-_DEATH_SECONDS = 0.5  # a connection breaks a little before the process that held it is gone
 
 
 class ProcessGroupTransport(Transport):
@@ -64,6 +64,7 @@ class ProcessGroupTransport(Transport):
         self._ordered = ordered
         self._timeout_seconds = timeout_seconds
         self._near = tuple(near)
+        self._flights = Flights(group, near, timeout_seconds)
         self._order = [group.ranks.index(rank) for rank in sorted(group.ranks)]  # torch sorts the ranks of a group
 
     def all_gather(self, output: Tensor, input: Tensor, call: Call) -> Work:
@@ -141,6 +142,22 @@ class ProcessGroupTransport(Transport):
     def exchange(self, text: str) -> list[str]:
         return [text] if self._host is None else self._host.exchange(text)
 
+    def look(self) -> None:
+        """While the host waits for the device: raise if a collective under way will not end, or has failed."""
+        if self._process_group is None:
+            return
+        if problem := read_problem(self._process_group):
+            me, call = self.group.ranks[self.group.rank], self._flights.oldest
+            where = "a collective" if call is None else str(call)
+            raise PeerLost(f"a rank of group {self.group.name!r} was lost while rank {me} was in {where}: {problem}")
+        self._flights.look()
+
+    def abort(self) -> None:
+        """End the collectives under way, whatever comes of them, where the library can."""
+        if self._process_group is not None:
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # then its own timeout ends them
+                self._process_group.abort()
+
     # ---- what the calls are made of
 
     def _gather(self, output: Tensor, input: Tensor) -> Started:
@@ -185,25 +202,26 @@ class ProcessGroupTransport(Transport):
         if output is not None and output.numel() == 0:
             return DoneWork()
         begun = time.monotonic()
+        alone = self._process_group is None
 
         def explain(error: RuntimeError) -> NoReturn:
             self._explain(error, call, begun)
 
         try:
+            before = None if alone or not isinstance(self._streams, DeviceLanes) else self._streams.record()
             handle, deliver = start()
             if handle is None:
                 deliver()
-                return self._point()
-            if isinstance(self._streams, DeviceLanes):
+                return self._streams.record()
+            if before is not None:
                 handle.wait()
                 deliver()
-                return self._point()
+                after = self._streams.record()
+                self._flights.add(call, before, after)
+                return after
         except RuntimeError as error:
             explain(error)
-        return self._streams.note(GlooWork(handle, _nothing, deliver, explain))
-
-    def _point(self) -> Work:
-        return self._streams.record() if isinstance(self._streams, DeviceLanes) else DoneWork()
+        return self._streams.pending.note(GlooWork(handle, _nothing, deliver, explain))
 
     def _agree(self, call: Call) -> bool:
         """Whether the ranks have just told each other what they call; raises on every rank if the calls differ."""
@@ -217,24 +235,29 @@ class ProcessGroupTransport(Transport):
         """Raise what an error of the library means, with its cause."""
         me = self.group.ranks[self.group.rank]
         timed_out = time.monotonic() - begun >= 0.9 * self._timeout_seconds
-        deadline = time.monotonic() + _DEATH_SECONDS
+        deadline = time.monotonic() + DEATH_SECONDS
         while True:
             for peer in self._near:
                 if not peer.is_alive():
-                    text = f"rank {peer.rank} (pid {peer.pid}) died while rank {me} waited for it in {call}"
-                    raise PeerLost(text) from error
+                    raise PeerLost(describe_death(peer, me, call)) from error
             if timed_out or not self._near or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         if timed_out:
-            raise CollectiveTimeout(
-                f"a rank did not arrive in {call} within {self._timeout_seconds:g} s while rank {me} waited; see what "
-                "keeps it, or set WINDLASS_TIMEOUT to more seconds"
-            ) from error
+            raise CollectiveTimeout(describe_timeout(call, self._timeout_seconds, me)) from error
         raise PeerLost(
             f"a rank of group {self.group.name!r} was lost while rank {me} waited for it in {call}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def read_problem(process_group: dist.ProcessGroup) -> str:
+    """What the library's own watchdog says of a group, "" while all is well or where it does not say."""
+    for device in getattr(process_group, "_device_types", ()):
+        read = getattr(process_group._get_backend(device), "get_error", None)
+        if callable(read) and (name := getattr(read(), "name", "SUCCESS")) != "SUCCESS":
+            return f"{dist.get_backend(process_group)} reports {name}"
+    return ""
 
 
 def reduce_in_order(output: Tensor, terms: Sequence[Tensor], op: ReduceOp) -> None:

@@ -59,3 +59,14 @@ def test_a_peer_that_dies_is_named() -> None:
 
 def test_work_on_streams_is_a_point_of_the_lane() -> None:
     run_ranks(workers.gather_on_a_lane, 2)
+
+
+def test_tensors_of_the_host_beside_a_device() -> None:
+    """On a device whose bytes no library reaches, so that what arrives has gone over the host."""
+    results = run_ranks(workers.carry_host_tensors, 3, fresh=True)
+    gathered = [(2 * 5 + 5) * 4, 2 * 5 * 4, (2 * 5 + 5) * 4]
+    assert [result["all_gather"] for result in results] == gathered
+
+
+def test_a_collective_that_fails_while_the_host_waits_for_the_device_is_the_last() -> None:
+    run_ranks(workers.wait_for_a_late_rank, 2)

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import core_mutants
+import uses
 from scenarios import CASES, EVENTS, PER_RANK, USES
 from windlass.conformance import precision_workers
 from windlass.conformance.rank_pool import run_ranks
 from windlass.conformance.training import assert_equals_oracle, distance, train_grid, train_oracle
 
 STAGES, ACCUMULATIONS = [0, 1, 2, 3], [1, 4]
+LONG = (uses.many_backwards_in_bf16,)  # the host's own device runs it at every stage
 
 
 def run_on_sim(monkeypatch: pytest.MonkeyPatch, settings: str, worker: Any, num_ranks: int, *args: Any) -> list[Any]:
@@ -60,8 +62,14 @@ def test_corner_case_trains_like_the_oracle(case: str, monkeypatch: pytest.Monke
         assert_equals_oracle(result["state"], case, 3, **split)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("scenario", [*EVENTS, *USES], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    ("scenario", "stage"),
+    [
+        pytest.param(one, stage, id=f"{one.__name__}-{stage}", marks=[pytest.mark.slow] * (one in LONG and stage > 0))
+        for one in [*EVENTS, *USES]
+        for stage in STAGES
+    ],
+)
 def test_scenario(scenario: Any, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on_sim(monkeypatch, f"seed={seed_of(scenario.__name__, stage)}", scenario, 2, stage)
 

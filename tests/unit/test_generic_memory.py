@@ -18,6 +18,7 @@ from windlass.backends.generic.memory import DeviceMemory
 from windlass.backends.generic.streams import DeviceLanes
 
 FLOAT = torch.float32
+HOST = torch.device("cpu")
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_host_memory_is_locked_in_exact_size_and_unlocked(
     module: RecordedModule, lanes: DeviceLanes, counters: Counters
 ) -> None:
     runtime = RecordedRuntime()
-    host = HostAllocator(find_page_lock(with_runtime(runtime)))
+    host = HostAllocator(find_page_lock(with_runtime(runtime), HOST))
     memory = make_memory(module, lanes, counters, host)
     tensor = memory.empty((5000,), FLOAT, Place.HOST)
     assert runtime.locked == {tensor.data_ptr(): 5 * 4096}  # whole pages, not a power of two
@@ -218,12 +219,12 @@ def test_host_memory_is_locked_in_exact_size_and_unlocked(
 def test_host_memory_that_cannot_be_locked(module: RecordedModule, lanes: DeviceLanes, counters: Counters) -> None:
     runtime = RecordedRuntime()
     runtime.status = 2
-    memory = make_memory(module, lanes, counters, HostAllocator(find_page_lock(with_runtime(runtime))))
+    memory = make_memory(module, lanes, counters, HostAllocator(find_page_lock(with_runtime(runtime), HOST)))
     with pytest.raises(OutOfMemory, match=r"^the host memory of gpu:0 cannot hold .*locking 4096 bytes .* status 2\)$"):
         memory.empty((10,), FLOAT, Place.HOST)
 
 
 def test_how_host_memory_is_had() -> None:
-    assert find_page_lock(torch.get_device_module("cpu")) is None
+    assert find_page_lock(torch.get_device_module("cpu"), HOST) is None
     kinds = [HostAllocator(lambda buffer: lambda: None), HostAllocator(torch_pins=True), HostAllocator()]
     assert [host.kind for host in kinds] == ["page-locked, exact", "page-locked by torch", "pageable"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recorded_device import RecordedModule
+from recorded_device import RecordedEvent, RecordedModule
 from windlass.accelerator.interface import LANES, Work
 from windlass.backends.generic.streams import DeviceLanes, OneLane, has_streams, open_lanes
 
@@ -45,8 +45,8 @@ class Underway(Work):
 
 def test_one_lane_waits_for_collectives_when_it_is_synchronized() -> None:
     lane, first, second = OneLane(), Underway(), Underway()
-    lane.note(first)
-    lane.note(second)
+    lane.pending.note(first)
+    lane.pending.note(second)
     assert lane.record().done()
     assert [work.over for work in (first, second)] == [False, False]
     lane.synchronize()
@@ -63,6 +63,20 @@ def test_every_lane_is_a_stream_and_compute_the_current_one(lanes: DeviceLanes, 
     assert lanes.current is module.streams[0]
     with lanes.lane("gather"), lanes.lane("compute"):  # also from within another
         assert lanes.current is module.streams[0]
+
+
+def test_lanes_that_others_wait_for_go_first(lanes: DeviceLanes, module: RecordedModule) -> None:
+    priorities = {}
+    for name in LANES:
+        with lanes.lane(name):
+            priorities[name] = lanes.current.priority
+    assert priorities == {"compute": 0, "gather": -1, "reduce": -1, "up": 0, "down": 0}
+
+
+def test_a_module_whose_streams_have_no_priorities(module: RecordedModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_priority = module.Stream
+    monkeypatch.setattr(module, "Stream", lambda: with_priority())
+    assert isinstance(open_lanes(module), DeviceLanes)
 
 
 def test_an_unknown_lane(lanes: DeviceLanes) -> None:
@@ -94,3 +108,23 @@ def test_synchronize_waits_for_the_device(lanes: DeviceLanes, module: RecordedMo
     lanes.synchronize()
     assert module.log == ["e0 on s0", "host waits for all"]
     assert event.done()
+
+
+def test_synchronize_also_waits_for_what_the_host_carries_out(lanes: DeviceLanes) -> None:
+    work = Underway()
+    lanes.pending.note(work)
+    lanes.synchronize()
+    assert work.over
+
+
+def test_synchronize_with_peers_asks_every_lane_before_it_waits_in_the_runtime(
+    lanes: DeviceLanes, module: RecordedModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    lanes.host_wait.look_after(lambda: looks.append(len(module.events)))
+    monkeypatch.setattr(RecordedEvent, "query", lambda event: True)
+    lanes.synchronize()
+    recorded = [line.partition(" on ")[2] for line in module.log[:-1]]
+    assert set(recorded) == {stream.name for stream in module.streams[:1] + module.streams[-4:]}
+    assert module.log[-1] == "host waits for all"
+    assert len(looks) == len(recorded)

@@ -61,6 +61,15 @@ def test_conformance_loads_neither_a_framework_nor_pytest(module: str) -> None:
     assert loaded.isdisjoint(FRAMEWORKS | {"_pytest", "matplotlib", "pydantic", "pytest"})
 
 
+def test_training_does_not_load_the_compiler_of_torch() -> None:
+    """It takes longer to import than all the rest of a rank. Only where weights are gathered is it needed."""
+    train = "from windlass.conformance.training import train_grid; train_grid('Network', [0, 2], [2], 1)"
+    code = f"import os, sys; os.environ['WINDLASS_ACCELERATOR'] = 'cpu'; {train}; print(*sys.modules)"
+    loaded = set(run_python(code).split())
+    assert "windlass.core.executor" in loaded
+    assert loaded.isdisjoint({"torch._dynamo.symbolic_convert", "sympy"})
+
+
 @pytest.mark.parametrize("name", [name for name in windlass.__all__ if not name.startswith("__")])
 def test_every_public_name_loads_on_first_use(name: str) -> None:
     value = getattr(windlass, name)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ def stack(layers: int = 5, width: int = 24, tied: bool = False) -> nn.Module:
     return Stack(layers, width, tied)
 
 
-def plan(module: nn.Module, stage: int, ranks: int, precision: str = "fp32", accumulation: int = 1) -> Plan:
+def plan(
+    module: nn.Module, stage: int, ranks: int, precision: str = "fp32", accumulation: int = 1, **more: Any
+) -> Plan:
     dtype = {"fp32": None, "bf16": "bfloat16"}[precision]
     specs, units = describe_model(module, dtype=dtype)
-    settings = PlanSettings(stage=stage, precision=precision, gradient_accumulation_steps=accumulation)
+    settings = PlanSettings(stage=stage, precision=precision, gradient_accumulation_steps=accumulation, **more)
     return make_plan(specs, units, data_parallel_mesh(ranks), settings)
 
 
@@ -82,6 +85,39 @@ def test_memory_follows_the_formula(stage: int, precision: str, ranks: int) -> N
     slack = got.pop("gather_slots", 0) - want.pop("gather_slots", 0)
     assert got == want
     assert slack <= 0  # a slot is as large as the largest unit that uses it
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_captured_update_keeps_the_sums(stage: int, precision: str, ranks: int) -> None:
+    """Nothing else changes: what was working memory until the update stays, where it was made for each step."""
+    plain, captured = (plan(stack(), stage, ranks, precision, capture_update=one).prediction for one in (False, True))
+    kept = dict(captured.persistent)
+    apart = stage >= 2 or (stage == 1 and precision == "bf16" and ranks > 1)
+    if apart:
+        assert kept.pop("reduced") == 4 * sum(padded_sizes(stack(), ranks)) // ranks == plain.working["reduced"]
+        assert not captured.working
+    assert kept == dict(plain.persistent)
+    assert "recorded once and replayed" in str(plan(stack(), stage, ranks, precision, capture_update=True))
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    refused: tuple[dict[str, Any], ...] = ({"views": False}, {"uniform_program": True})
+    for more in refused:
+        with pytest.raises(ValueError, match="cannot be captured"):
+            plan(stack(), 1, 2, capture_update=True, **more)
+
+
+def test_moments_of_16_bits_take_half_the_bytes() -> None:
+    wide, narrow = (plan(stack(), 1, 2, "bf16", moment_dtype=one) for one in ("float32", "bfloat16"))
+    assert 2 * narrow.prediction.persistent["optimizer"] == wide.prediction.persistent["optimizer"]
+    assert wide.hash != narrow.hash
+    assert "; moments in bfloat16" in str(narrow)
+    assert "moments" not in str(wide)
+    seeds = [plan(stack(), 1, 2, moment_dtype="bfloat16", seed=seed).hash for seed in (1, 2)]
+    assert seeds[0] != seeds[1]
+    assert plan(stack(), 1, 2, seed=1).hash == plan(stack(), 1, 2, seed=2).hash
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -76,6 +76,21 @@ def test_larger_matrices(accelerator: Accelerator, measure: Measure) -> None:
     check_bounds(accelerator, measure, "160 x 512", stack)
 
 
+@requires(
+    level=1,
+    must="polar of matrices so large that a device may take another way is within its bounds in 16 bits too.",
+    needs=lambda product: f"dtypes:{product}",
+    since="1.1",
+)
+@pytest.mark.parametrize("product", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(272, 330), (300, 256)], ids=str)
+def test_large_matrices_in_16_bits(
+    accelerator: Accelerator, measure: Measure, shape: tuple[int, int], product: str
+) -> None:
+    stack = make_matrices(*shape, seed=50)["1/k"][None]
+    check_bounds(accelerator, measure, f"{shape[0]} x {shape[1]}", stack, JORDAN[1:4], dtype_named(product))
+
+
 @requires(level=1, must="polar does not depend on the scale of a matrix, from 1e-12 to the top of float32.")
 def test_scale(accelerator: Accelerator, measure: Measure) -> None:
     matrices = list(make_matrices(12, 20, seed=60).values())

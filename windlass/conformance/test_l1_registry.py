@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.interface import Accelerator
@@ -18,17 +21,42 @@ KERNEL = pytest.mark.parametrize("name", [schema.name for schema in SCHEMAS])
 
 def call(accelerator: Accelerator, name: str) -> None:
     """Run the chosen implementation of a kernel on a few elements."""
-    one = bring(accelerator, torch.tensor(1.0))
-    vectors = [bring(accelerator, torch.ones(4)) for _ in range(4)]
+    kernel = accelerator.kernels[name]
+
+    def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return bring(accelerator, torch.ones(shape, dtype=dtype))
+
+    one, keep = bring(accelerator, torch.tensor(1.0)), bring(accelerator, torch.tensor(True))
+    halves = bring(accelerator, torch.full((9,), 0.5))
+    noise = bring(accelerator, torch.tensor([1, 0]))
     if name == "adamw":
-        keep = bring(accelerator, torch.tensor(True))
-        accelerator.kernels[name](*vectors, bring(accelerator, torch.full((9,), 0.5)), one, keep, None, decoupled=True)
+        kernel(ones(4), ones(4), ones(4), ones(4), halves, one, keep, None, decoupled=True)
+    elif name == "adamw_many":
+        kernel([(ones(4), ones(4), ones(4), ones(4), None)], halves.reshape(1, 9), [0], one, keep, decoupled=True)
+    elif name == "adamw_bf16_moments":
+        moments = (ones(4, dtype=torch.bfloat16), ones(4, dtype=torch.bfloat16))
+        kernel(ones(4), ones(4), *moments, halves, one, keep, None, noise, decoupled=True)
     elif name == "square_sum":
-        accelerator.kernels[name](vectors[0], one)
-    elif name == "polar":
-        accelerator.kernels[name](vectors[0].reshape(1, 2, 2), ((1.5, -0.5, 0.0),))
+        kernel(ones(4), one)
+    elif name == "scale_cast":
+        kernel(ones(4), ones(4), one)
+    elif name in ("polar", "polar_gram"):
+        kernel(ones(1, 2, 2), ((1.5, -0.5, 0.0),))
+    elif name == "momentum_blend":
+        kernel(ones(4), ones(4), ones(4), ones(2), one, keep, None, nesterov=True)
+    elif name == "scale_decay_update":
+        kernel(ones(4), ones(4), ones(3), keep, None)
+    elif name == "rms_norm":
+        kernel(ones(2, 4), ones(4), eps=1e-6)
+    elif name == "rms_norm_backward":
+        kernel(ones(2, 4), ones(2, 4), ones(4), ones(2))
+    elif name == "layer_norm":
+        kernel(ones(2, 4), ones(4), ones(4), eps=1e-6)
+    elif name == "layer_norm_backward":
+        kernel(ones(2, 4), ones(2, 4), ones(4), ones(2), ones(2), bias=True)
     else:
-        accelerator.kernels[name](vectors[0], vectors[1], one)
+        assert name == "linear_cross_entropy", f"nobody has said how to call {name}"
+        kernel(ones(2, 4), ones(3, 4), bring(accelerator, torch.tensor([0, 2])))
 
 
 @requires(level=1, must="A device has every kernel of the interface, under the interface's own schema.")
@@ -61,7 +89,9 @@ def test_best_is_chosen(accelerator: Accelerator, name: str) -> None:
 
 
 @requires(
-    level=1, must="An implementation that is forced is the one that runs, and the one that is counted, once a call."
+    level=1,
+    must="An implementation that is forced is the one that runs, and the one that is counted, once a call.",
+    needs=lambda name: "dtypes:bfloat16" if name == "adamw_bf16_moments" else (),
 )
 @KERNEL
 def test_forced_and_counted(accelerator: Accelerator, name: str) -> None:
@@ -72,11 +102,17 @@ def test_forced_and_counted(accelerator: Accelerator, name: str) -> None:
         for kernel in known:
             kernels.choose(name, kernel.implementation)
             assert kernels.chosen()[name] == kernel.implementation
-            assert kernels[name] is kernel.function
+            found = kernels[name]
+            if kernel.composed:  # it is given the kernels that it is made of
+                assert isinstance(found, functools.partial)
+                found = found.func
+            assert found is kernel.function
             calls = {key: tally.calls for key, tally in counters.kernels.items()}
             for _ in range(3):
                 call(accelerator, name)
             now = {key: tally.calls for key, tally in counters.kernels.items()}
+            if kernel.composed:  # and those count their own calls
+                calls, now = ({key: one for key, one in each.items() if key[0] == name} for each in (calls, now))
             assert now == {**calls, (name, kernel.implementation): calls[name, kernel.implementation] + 3}
     finally:
         kernels.choose(name, before)

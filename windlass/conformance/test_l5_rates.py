@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from windlass.accelerator.interface import Accelerator, Place
+from windlass.accelerator.interface import Accelerator
 from windlass.conformance.collective_values import to_dtype
 from windlass.conformance.plugin import Measure, Run
-from windlass.conformance.rate_workers import collective_rates, measure_seconds
+from windlass.conformance.rate_workers import collective_rates
 from windlass.conformance.requirements import requires
+from windlass.rates import DIRECTIONS, Direction, measure_copy, measure_link, measure_matmul, measure_seconds
 
 _BYTES = 32 * 2**20  # of a copy
 _PARAMETERS = 2**20
@@ -33,38 +34,19 @@ def _release(accelerator: Accelerator, *tensors: Tensor) -> None:
         accelerator.memory.release(tensor)
 
 
-def _bytes(accelerator: Accelerator, place: Place = Place.DEVICE) -> Tensor:
-    return accelerator.memory.empty((_BYTES,), torch.uint8, place, tag="rates").zero_()
-
-
 @requires(level=5, must="The rate of copies on the device can be measured.")
 def test_device_copy(accelerator: Accelerator, measure: Measure) -> None:
-    source, target = _bytes(accelerator), _bytes(accelerator)
-    seconds = measure_seconds(accelerator, lambda: accelerator.memory.copy(target, source).wait())
-    _release(accelerator, source, target)
-    _note(measure, "device copy", _BYTES / seconds, "B/s")
+    _note(measure, "device copy", measure_copy(accelerator, _BYTES), "B/s read and written")
 
 
 @requires(level=5, must="The rates of copies up, down and both at once can be measured.", needs="host_place")
-@pytest.mark.parametrize("direction", ["up", "down", "both at once"])
-def test_copies_between_places(accelerator: Accelerator, measure: Measure, direction: str) -> None:
-    device = [_bytes(accelerator) for _ in range(2)]
-    host = [_bytes(accelerator, Place.HOST) for _ in range(2)]
-    lanes = {"up": ("up",), "down": ("down",)}.get(direction, ("up", "down"))
-
-    def copy() -> None:
-        before = accelerator.streams.record()
-        works = []
-        for lane in lanes:
-            target, source = (device[0], host[0]) if lane == "up" else (host[1], device[1])
-            with accelerator.streams.lane(lane):
-                works.append(accelerator.memory.copy(target, source, after=before))
-        for work in works:
-            work.wait()
-
-    seconds = measure_seconds(accelerator, copy)
-    _release(accelerator, *device, *host)
-    _note(measure, f"copy {direction}", len(lanes) * _BYTES / seconds, "B/s")
+@pytest.mark.parametrize(
+    "direction",
+    [pytest.param(one, id="both at once" if one == "both" else one) for one in DIRECTIONS],
+)
+def test_copies_between_places(accelerator: Accelerator, measure: Measure, direction: Direction) -> None:
+    name = "both at once" if direction == "both" else direction
+    _note(measure, f"copy {name}", measure_link(accelerator, direction, _BYTES), "B/s")
 
 
 @requires(level=5, must="The rates of all-gathers and reduce-scatters on two ranks can be measured.", needs="ranks:2")
@@ -115,6 +97,4 @@ def test_square_sum(accelerator: Accelerator, measure: Measure) -> None:
 @requires(level=5, must="The rate of matrix products can be measured for every dtype in matmul_dtypes.")
 def test_matmul(accelerator: Accelerator, measure: Measure) -> None:
     for dtype in accelerator.capabilities.matmul_dtypes:
-        one = torch.full((_MATRIX, _MATRIX), 0.5, device="cpu").to(accelerator.device, to_dtype(dtype))
-        seconds = measure_seconds(accelerator, lambda one=one: one @ one)  # type: ignore[misc]
-        _note(measure, f"matmul in {dtype}", 2 * _MATRIX**3 / seconds, "FLOP/s")
+        _note(measure, f"matmul in {dtype}", measure_matmul(accelerator, dtype, _MATRIX), "FLOP/s")
