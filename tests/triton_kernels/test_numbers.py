@@ -16,26 +16,26 @@ from windlass.conformance.kernel_cases import equal_bits, every_pattern, values_
 BLOCK = 4096
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _widen(output: tl.tensor, values: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(output + at, widen(tl.load(values + at)))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _round(output: tl.tensor, values: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(output + at, round_to(tl.load(values + at), output.dtype.element_ty))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _noise(output: tl.tensor, noise: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(noise + 1) + tl.program_id(0) * BLOCK
     tl.store(output + at, make_noise(tl.load(noise), first, tl.arange(0, BLOCK)).to(tl.int64))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _stochastically(output: tl.tensor, values: tl.tensor, chance: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(output + at, round_stochastically(tl.load(values + at), tl.load(chance + at).to(tl.uint32)))

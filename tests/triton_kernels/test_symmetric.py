@@ -16,7 +16,7 @@ DEVICE = (None if interpreting() else torch.accelerator.current_accelerator()) o
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _write_tiles(rows: tl.tensor, columns: tl.tensor, tiles: tl.tensor, GROUP: tl.constexpr) -> None:
     place = tl.program_id(0)
     row, column = _tile(place, tiles, GROUP)
@@ -44,7 +44,7 @@ def test_each_tile_on_and_below_the_diagonal_is_made_once(tiles: int) -> None:
     assert found == [(row, column) for row in range(tiles) for column in range(row + 1)]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _write_some_tiles(
     places: tl.tensor, rows: tl.tensor, columns: tl.tensor, tiles: tl.tensor, GROUP: tl.constexpr
 ) -> None:
