@@ -346,6 +346,11 @@ class Accelerator(ABC):
         self.counters.host_reads += 1
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]
 
+    def send(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device, for what the current lane does next: itself where the host is the device, else a
+        copy that later changes do not reach. Where the host need not wait for the device, it does not. (Since 1.1.)"""
+        return tensor.to(self.device)
+
     def to_host(self, tensor: Tensor) -> Tensor:
         """An ordinary host copy of a tensor, for what happens between steps: saving, printing, comparing."""
         self.counters.count_copy("down", "to_host", tensor.numel() * tensor.element_size())
@@ -376,9 +381,10 @@ class Accelerator(ABC):
     def capture(self, function: TensorFunction) -> TensorFunction:
         """A cheaper way to issue what `function` issues: recorded once, replayed afterwards, or the function itself.
 
-        For a function from a list of tensors to a list of tensors that reads nothing on the host, takes every tensor
-        that it uses from its list or keeps it for good, and may write into those in place. It is recorded anew when the
-        list holds other tensors. Results are valid until the next call. (Since 1.1.)
+        For a function from a list of tensors to a list of tensors that reads nothing on the host, brings no values from
+        there, allocates nothing through `memory`, stays on its lane, takes every tensor that it uses from its list or
+        keeps it for good, and may write into those in place. It is recorded anew when the list holds other tensors.
+        Results are valid until the next call. (Since 1.1.)
         """
         return function
 

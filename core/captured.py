@@ -33,11 +33,11 @@ class Issuer:
     def keep(self, name: str, value: Tensor) -> Tensor:
         """The value on the device; where functions are captured, in the tensor that had this name and shape before."""
         if not self._captures:
-            return value.to(self.accelerator.device)
+            return self.accelerator.send(value)
         key = (name, value.shape, value.dtype)
         if key not in self._kept:
             self._kept[key] = torch.empty(value.shape, dtype=value.dtype, device=self.accelerator.device)
-        return self._kept[key].copy_(value)
+        return self._kept[key].copy_(self.accelerator.send(value))
 
     def run(
         self,
@@ -58,3 +58,8 @@ class Issuer:
         if len(self._functions) > _REMEMBERED:
             del self._functions[next(iter(self._functions))]
         return captured(tensors)
+
+    def close(self) -> None:
+        """Forget what was captured: a recording holds memory on the device, which no facet accounts for."""
+        self._functions.clear()
+        self._kept.clear()

@@ -19,7 +19,7 @@ from windlass.core.captured import Issuer
 from windlass.core.gradients import Gradients
 from windlass.core.plan import Plan
 from windlass.core.residency import Residency
-from windlass.core.scalars import send_scalar
+from windlass.core.scalars import LastSent
 from windlass.core.state import STALE_WEIGHTS, ModelState
 from windlass.core.statistics import HostStatistics, LocalFacts, Outcome, StatisticsExchange, StepReport
 from windlass.core.update import Update
@@ -54,6 +54,7 @@ class Executor:
             self.residency = Residency(self.state, self.gradients.expects_more)
             self.accelerator.collectives.publish(group)
         self._issuer = Issuer(accelerator, captures=plan.rules.issue == "captured")
+        self._unscale = LastSent(accelerator)
         self._statistics = StatisticsExchange(accelerator, group, list(plan.parameter_index))
         accelerator.streams.boundary()  # what was laid out is no part of the first step
 
@@ -133,9 +134,8 @@ class Executor:
             self.residency.settle()
         self.gradients.finish()
         uniform = self.plan.rules.program == "uniform"
-        unscale = self._issuer.keep(
-            "unscale", send_scalar(1.0 / (loss_scale * self.group.size), self.accelerator.device)
-        )
+        factor = self._unscale.send([1.0 / (loss_scale * self.group.size)])
+        unscale = self._issuer.keep("unscale", factor.reshape(()))
         if uniform and any(late := self.gradients.leftovers()):
             self.gradients.reduce_again(late)  # the same units on every rank, or the collectives say so
         facts = self._facts(unscale, loss, stop)
@@ -242,6 +242,7 @@ class Executor:
         self.gradients.close()
         if self.residency is not None:
             self.residency.close()
+        self._issuer.close()
         self.state.release()
         self.phase = Phase.CLOSED
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.planner import STATISTICS
-from windlass.core.scalars import send_scalar
+from windlass.core.scalars import LastSent, send_scalar
 
 _DIGEST_BITS = 24  # what a float32 holds exactly
 
@@ -100,6 +100,7 @@ class StatisticsExchange:
         self._accelerator = accelerator
         self._group = group
         self._names = list(names)
+        self._flags = LastSent(accelerator)
         self._steps = 0
         self._skipped = send_scalar(0.0, accelerator.device)
         self._differed = send_scalar(0.0, accelerator.device)
@@ -169,7 +170,7 @@ class StatisticsExchange:
             [
                 torch.stack(list(facts.squares)).sum(0) if facts.squares else zeros,
                 zeros[:1] if facts.loss is None else facts.loss.reshape(1),
-                torch.tensor(flags, dtype=torch.float32).to(device),
+                self._flags.send(flags),
             ]
         )
         everyone = torch.empty(size * mine.numel(), dtype=torch.float32, device=device)

@@ -310,9 +310,8 @@ class Engine:
 
     def _place_input(self, tensor: Tensor) -> Tensor:
         target = WEIGHT_DTYPES[self.plan.precision]
-        if target is not None and tensor.dtype is torch.float32:
-            return tensor.to(self.accelerator.device, dtype_from_name(target))
-        return tensor.to(self.accelerator.device)
+        placed = self.accelerator.send(tensor)
+        return placed.to(dtype_from_name(target)) if target is not None and tensor.dtype is torch.float32 else placed
 
     def _autocast(self) -> AbstractContextManager[Any]:
         section = self.config.torch_autocast

@@ -50,7 +50,8 @@ def linear_cross_entropy(
     In a model whose weights are sharded, call this in the forward of the module that owns `weight`; called elsewhere
     it costs that module memory of its own, as every weight that another module reads.
     """
-    _require_device("linear_cross_entropy", "hidden", hidden, accelerator)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        _require_device("linear_cross_entropy", name, tensor, accelerator)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy got reduction {reduction!r}, wanted 'mean', 'sum' or 'none'")
     if targets.is_floating_point() or targets.shape != hidden.shape[:-1]:
@@ -105,6 +106,7 @@ def use_kernels(model: nn.Module, accelerator: Accelerator) -> list[str]:
 
     Returns the names of those that did not before. Parameters, state_dict and repr stay as they are; a norm of a class
     of its own is left alone. Call it before or after `windlass.initialize`. Copies and pickles of the model are plain.
+    Under autocast the norms keep the dtype of their input, where torch's own turn to fp32 on some devices.
     """
     changed = []
     for name, module in model.named_modules():

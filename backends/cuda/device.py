@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from windlass.accelerator.environment import Environment, prefer_variable, read_environment
 from windlass.accelerator.interface import TensorFunction
@@ -29,6 +30,9 @@ from windlass.backends.generic.streams import DeviceLanes
 _CLEAN_UP_ONLY: Final = "2"
 """TORCH_NCCL_ASYNC_ERROR_HANDLING: a collective that fails is ended, and the process lives to say why."""
 
+SENT_BYTES: Final = 16 * 2**20
+"""Up to so many bytes go to the device without the host waiting for it."""
+
 logger = logging.getLogger("windlass")
 
 
@@ -36,6 +40,13 @@ class CudaAccelerator(GenericAccelerator):
     """A GPU of NVIDIA."""
 
     streams: DeviceLanes
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Through pinned memory of torch's, which the copy reads while the host goes on. What is pinned already may be
+        the caller's to change, and what is large is not worth a second copy."""
+        if tensor.device.type != "cpu" or tensor.nbytes > SENT_BYTES or tensor.is_pinned():
+            return super().send(tensor)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def capture(self, function: TensorFunction) -> TensorFunction:
         """The function as CUDA graphs, one for each list of tensors that it meets more than once.
@@ -83,6 +94,7 @@ def open_cuda(index: int = 0) -> CudaAccelerator:
     )
     assert isinstance(accelerator, CudaAccelerator)
     try:
+        _wake_autograd(accelerator.device)
         rows = accelerator.collectives.exchange(describe_own_device(driver, index))
         check_own_devices(accelerator.name, rows)
         accelerator.facts |= collect_facts(driver, index, str(torch.version.cuda))
@@ -114,7 +126,7 @@ def load_kernels() -> tuple[Iterable[Kernel], str]:
         from windlass.backends.triton.kernels import triton_kernels
 
         return triton_kernels(), "Triton"
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
         cause = describe_cause(error).splitlines()[0]
         logger.warning(
             "cuda runs the reference kernels, which are slower, because Triton cannot be used (%s): install triton and "
@@ -122,6 +134,12 @@ def load_kernels() -> tuple[Iterable[Kernel], str]:
             cause,
         )
         return (), f"reference, because Triton cannot be used: {cause}"
+
+
+def _wake_autograd(device: torch.device) -> None:
+    """Run a kernel in autograd's thread for the device, which has no context before: where its first call were one of
+    cuBLAS, torch would warn of that."""
+    (torch.ones(1, device=device, requires_grad=True) * 2).backward()
 
 
 def _make_nccl_options(timeout: timedelta) -> Any:

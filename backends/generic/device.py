@@ -54,21 +54,25 @@ class GenericAccelerator(Accelerator):
         torch.default_generator.set_state(state)
 
     def read_host(self, tensor: Tensor, *, tag: str = "step") -> list[float]:
-        self._block()
+        self._block(tensor)
         return super().read_host(tensor, tag=tag)
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        self._block()
+        self._block(tensor)
         return super().to_host(tensor)
 
     def close(self) -> None:
         """Give back groups and memory. Safe to call twice."""
-        self.memory.close()
-        super().close()
+        try:
+            self.memory.close()
+        finally:  # it may have waited for a peer that is lost
+            super().close()
 
-    def _block(self) -> None:
-        """Where there are peers, wait for the current lane before a copy that waits for it: see `host_waits`."""
-        if isinstance(self.streams, DeviceLanes) and self.streams.host_wait.is_watched:
+    def _block(self, tensor: Tensor) -> None:
+        """Wait for the current lane where the read itself does not: what lies on the host is read at once. With peers
+        wait in any case, since the runtime's own wait does not look at them: see `host_waits`."""
+        on_host = tensor.device.type != self.device.type
+        if isinstance(self.streams, DeviceLanes) and (on_host or self.streams.host_wait.is_watched):
             self.streams.record().block()
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Final
 SPIN_SECONDS: Final = 0.001  # what is nearly over is not slept through
 LOOK_SECONDS: Final = 0.2  # between looks at the peers, which cost some microseconds each
 _FIRST_SLEEP: Final = 0.00005
-_LONGEST_SLEEP: Final = 0.001
+_LONGEST_SLEEP: Final = 0.0002  # on average half of it is lost with each wait
 
 
 class HostWait:

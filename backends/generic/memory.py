@@ -151,8 +151,16 @@ class DeviceMemory(BookedMemory[Account]):
         super().reset_peak(place)
 
     def close(self) -> None:
-        """Wait for what is being released, and give it back."""
+        """Wait for what is being released, and give it back. Host memory that is still used is only unlocked: the
+        runtime must not take for locked what later lies where it lay."""
         self._finish_releases(block=True)
+        locked = [one for one in self._allocations.values() if one.page_locked]
+        if locked and self._lanes is not None:
+            self._lanes.synchronize()
+        for allocation in locked:
+            allocation.page_locked = False
+            allocation.give_back()
+            allocation.give_back = _nothing
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")

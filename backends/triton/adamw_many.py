@@ -205,7 +205,9 @@ def find_table(device: torch.device, entries: tuple[Entry, ...]) -> PartTable:
     if table.stream is None:
         return table
     if _is_recording(device):
-        _recorded[id(table)] = table  # whoever starts recording has waited for the device, and so for the copy
+        _recorded[id(table)] = (
+            table  # its copy is over: it came before an update of the same tensors, and so before this
+        )
         return table
     current = torch.accelerator.current_stream(device)
     if current != table.stream:

@@ -95,12 +95,8 @@ def compile_variant(variant: Variant, target: str) -> Any:
         constexprs=dict(variant.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {
-        "num_warps": variant.num_warps,
-        "num_stages": variant.num_stages,
-        "enable_fp_fusion": variant.fp_fusion,
-    }
-    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(source, target=gpu, options=variant.options)
 
 
 def measure_variant(family: str, index: int, target: str) -> Compiled:

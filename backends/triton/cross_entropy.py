@@ -18,6 +18,7 @@ from torch import Tensor
 from windlass.accelerator.kernels import Kernel
 from windlass.backends.triton.launch import IMPLEMENTATION, TYPE_NAMES, Variant, launch
 from windlass.backends.triton.numbers import round_to, widen
+from windlass.backends.triton.products import exact_products
 
 BLOCKS: Final = {1024: 4, 4096: 8}
 """Logits that a program takes at a time, and its warps: small vocabularies, and all others."""
@@ -138,22 +139,23 @@ def linear_cross_entropy(
     gradients = hidden_gradient or weight_gradient
     block = next((one for one in BLOCKS if size <= one), max(BLOCKS))
     variant = make_variant(dtype, block, gradients=gradients, scaled=gradients and scales is not None)
-    for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        count = part.stop - start
-        logits = all_rows[:count, :size]
-        torch.mm(hidden[part], weight.mT, out=logits)
-        given = {"logits": all_rows, "losses": losses[part], "targets": targets[part]}
-        if scales is not None and gradients:
-            given["scales"] = scales[part]
-        numbers = {"size": size, "stride": stride, "ignore_index": ignore_index, "boost": BOOST[dtype]}
-        launch(variant, (count,), device, **given, **numbers)
-        if back is not None and wide.numel():
-            back[part].copy_(_add_product(wide[:count], logits, weight, 0.0, 1 / BOOST[dtype]))
-        elif back is not None:
-            _add_product(back[part], logits, weight, 0.0, 1 / BOOST[dtype])
-        if total is not None:
-            _add_product(total, logits.mT, hidden[part], float(start > 0), 1 / BOOST[dtype])
+    with exact_products(device.type):
+        for start in range(0, tokens, chunk):
+            part = slice(start, min(start + chunk, tokens))
+            count = part.stop - start
+            logits = all_rows[:count, :size]
+            torch.mm(hidden[part], weight.mT, out=logits)
+            given = {"logits": all_rows, "losses": losses[part], "targets": targets[part]}
+            if scales is not None and gradients:
+                given["scales"] = scales[part]
+            numbers = {"size": size, "stride": stride, "ignore_index": ignore_index, "boost": BOOST[dtype]}
+            launch(variant, (count,), device, **given, **numbers)
+            if back is not None and wide.numel():
+                back[part].copy_(_add_product(wide[:count], logits, weight, 0.0, 1 / BOOST[dtype]))
+            elif back is not None:
+                _add_product(back[part], logits, weight, 0.0, 1 / BOOST[dtype])
+            if total is not None:
+                _add_product(total, logits.mT, hidden[part], float(start > 0), 1 / BOOST[dtype])
     if total is not None and not tokens:
         total.zero_()
     return losses, back, total if total is None or total.dtype is kept else _narrow_in_place(total, kept)

@@ -39,6 +39,19 @@ class Variant:
     """Whether a product may go unrounded into a sum. Kernels that promise bits forbid it."""
     aligned: tuple[str, ...] = ()
     """Arguments that are multiples of 16, addresses of 16 bytes, when this is compiled ahead of time."""
+    max_registers: int | None = None
+    """Of one thread, where fewer than the compiler would take let a multiprocessor hold one block more."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles with, at a launch as ahead of time."""
+        limits = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+            **limits,
+        }
 
 
 @cache
@@ -50,13 +63,7 @@ def interpreting() -> bool:
 def launch(variant: Variant, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Start a program on the current stream of `device`, where its tensors are; the host does not wait for it."""
     with _current(device):
-        variant.function[grid](
-            **arguments,
-            **variant.constants,
-            num_warps=variant.num_warps,
-            num_stages=variant.num_stages,
-            enable_fp_fusion=variant.fp_fusion,
-        )
+        variant.function[grid](**arguments, **variant.constants, **variant.options)
 
 
 def all_aligned(addresses: Iterable[int]) -> bool:

@@ -24,6 +24,8 @@ TILE: Final = 1024
 """Elements of a program at least: of so many short rows as that makes."""
 PARTIALS: Final = 2**20
 """Elements of the partial sums of one vector of gradients, 4 MiB: so many programs add rows up as that makes."""
+PROGRAMS: Final = 2048
+"""That add up rows, at most: they fill 132 multiprocessors, and each leaves a sum that must be added up as well."""
 COLUMNS: Final = 32
 STEP: Final = 64
 """Columns of partial sums that one program adds up, so many rows of them at a time."""

@@ -81,6 +81,9 @@ def _divide(  # type: ignore[no-untyped-def]
 ):
     program = tl.program_id(0)
     matrix = (program // blocks).to(tl.int64)
+    at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Before the barriers of the sums below, so that it is on its way meanwhile.
+    x = widen(tl.load(stack + matrix * count + at, mask=at < count, other=0.0))
     part = tl.arange(0, PARTS)
     known = part < parts
     each = tl.load(exponents + matrix * parts + part, mask=known, other=_MOST)
@@ -89,8 +92,6 @@ def _divide(  # type: ignore[no-untyped-def]
     norm = tl.sqrt_rn(tl.sum(sums * _square_of_ratio(exponent, each), axis=0))
     norm = tl.where(norm == 0.0, 1.0, norm)
     norm = tl.where(norm < float("inf"), norm, float("nan"))  # so that one inf makes nan of all of its matrix
-    at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = widen(tl.load(stack + matrix * count + at, mask=at < count, other=0.0))
     y = tl.div_rn(x * _power(exponent), norm)
     tl.store(out + matrix * count + at, round_to(y, out.dtype.element_ty), mask=at < count)
 

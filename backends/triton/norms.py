@@ -18,6 +18,7 @@ from windlass.backends.triton.norm_variants import (
     COLUMNS,
     LONGEST,
     PARTIALS,
+    PROGRAMS,
     SHORTEST,
     TILE,
     make_addition,
@@ -108,7 +109,7 @@ def _differentiate(
         _require_vector(kernel, name, vector, tokens, torch.float32)
     device, block = input.device, _block(size)
     back = torch.empty(input.shape, dtype=input.dtype, device=device)
-    programs = max(1, min(triton.cdiv(tokens, max(1, TILE // block)), PARTIALS // block))
+    programs = max(1, min(triton.cdiv(tokens, max(1, TILE // block)), PARTIALS // block, PROGRAMS))
     sums = {
         name: torch.empty(programs, size, dtype=torch.float32, device=device) if wanted else None
         for name, wanted in (("weight_sums", weight is not None), ("bias_sums", bias))

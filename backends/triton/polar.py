@@ -5,8 +5,7 @@ Of the three products of a standard step two are symmetric, and of the Gram form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +17,7 @@ from windlass.accelerator.polar import Coefficients, plan_restarts
 from windlass.accelerator.reference.polar import require_gram_dtype
 from windlass.backends.triton.launch import IMPLEMENTATION, TYPE_NAMES, Variant
 from windlass.backends.triton.normalize import normalize
+from windlass.backends.triton.products import exact_products
 from windlass.backends.triton.symmetric import PADDING, symmetric_product
 
 SYMMETRIC_FROM: Final = 256
@@ -43,11 +43,15 @@ class NewtonSchulz:
         _check("polar", stack, product_dtype)
         if stack.numel() == 0:
             return stack.clone()
-        with _exact_products(stack.device.type):
+        with exact_products(stack.device.type):
             work = self._begin(stack, product_dtype)
             for a, b, c in coefficients:
                 gram = work.make_gram()
-                work.apply(work.multiply(gram, gram, alpha=c, beta=b, added=gram), beta=a)
+                rest = work.multiply(gram, gram, alpha=c, beta=b, added=gram)
+                if work.symmetric:  # the library would copy X first to add it
+                    work.apply(_shift_in_place(rest, a))
+                else:  # small ones, of which a rounding on the diagonal spoils more than a copy costs
+                    work.apply(rest, beta=a)
             return work.finish()
 
     def polar_gram(
@@ -65,7 +69,7 @@ class NewtonSchulz:
             return stack.clone()
         if restarts is None:
             restarts = plan_restarts(coefficients, torch.finfo(product_dtype).eps)
-        with _exact_products(stack.device.type):
+        with exact_products(stack.device.type):
             work = self._begin(stack, product_dtype)
             gram: Tensor | None = None
             product: Tensor | None = None  # of the steps since the last restart
@@ -79,8 +83,7 @@ class NewtonSchulz:
                     once = work.multiply(rest, gram, beta=a, added=gram)
                     gram = work.multiply(rest, once, beta=a, added=once)
                 if product is None:
-                    rest.diagonal(dim1=-2, dim2=-1).add_(a)  # in place: the step's own Gram matrix needs it no more
-                    product = rest
+                    product = _shift_in_place(rest, a)  # the step's own Gram matrix needs it no more
                 else:
                     product = work.multiply(rest, product, beta=a, added=product)
             if product is not None:
@@ -136,6 +139,12 @@ class _Work:
         return self.x[:, :rows, :columns].to(self.stack.dtype).contiguous()
 
 
+def _shift_in_place(matrices: Tensor, a: float) -> Tensor:
+    """matrices + a I."""
+    matrices.diagonal(dim1=-2, dim2=-1).add_(a)
+    return matrices
+
+
 def _multiply(
     left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 0.0, added: Tensor | None = None
 ) -> Tensor:
@@ -146,38 +155,6 @@ def _multiply(
     if added is None:
         return torch.bmm(left, right) if alpha == 1.0 else alpha * torch.bmm(left, right)
     return torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
-
-
-@contextmanager
-def _exact_products(device_type: str) -> Iterator[None]:
-    """Products of 16 bits are added in fp32 and those of fp32 are not rounded to fewer bits, whatever the process has
-    allowed; what it has is set again afterwards. These are settings of torch on the host: nothing waits."""
-    settings = torch.backends.cuda.matmul
-    before = [
-        (name, getattr(settings, name), getattr(settings, f"{name}_split_k", True))
-        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    ]
-    accumulation, precision = settings.allow_fp16_accumulation, settings.fp32_precision
-    try:
-        for name, _, split in before:
-            _set_reduction(name, False, split)
-        settings.allow_fp16_accumulation = False
-        if precision == "tf32":
-            settings.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for name, allowed, split in before:
-            _set_reduction(name, allowed, split)
-        settings.allow_fp16_accumulation = accumulation
-        if precision == "tf32":
-            settings.fp32_precision = precision
-
-
-def _set_reduction(name: str, allowed: bool, split: bool) -> None:
-    """Before torch 2.10 there is one flag; later ones have a second, for splitting sums, which stays as it is."""
-    value = allowed if split else (allowed, split)
-    setattr(torch.backends.cuda.matmul, name, value)
 
 
 def _check(kernel: str, stack: Tensor, product_dtype: torch.dtype) -> None:

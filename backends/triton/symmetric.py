@@ -187,6 +187,10 @@ _TILES: Final = {
 }
 
 
+_SHARED_REGISTERS: Final = 128
+"""Of one thread, where two blocks of 8 warps share the 65,536 of a multiprocessor."""
+
+
 def _make_variant(dtype: torch.dtype, *, by_rows: bool, add: bool) -> Variant:
     tile = _TILES[dtype]
     unit, stride = ("inner_stride", "row_stride") if by_rows else ("row_stride", "inner_stride")
@@ -204,6 +208,8 @@ def _make_variant(dtype: torch.dtype, *, by_rows: bool, add: bool) -> Variant:
         num_warps=tile.num_warps,
         fp_fusion=True,
         aligned=(*pointers, *sizes),
+        # Left alone, what is added takes registers of which two blocks have not enough.
+        max_registers=_SHARED_REGISTERS if add and tile.num_warps == 8 else None,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def measure_cross_entropy(context: Context) -> Iterator[Row]:
     inputs and results. "plain" makes logits in fp32, as most training code does; "plain bf16" leaves them in bf16."""
     from windlass import functional
 
-    tokens, width, vocabulary = context.size(16384, 16), context.size(2048, 16), context.size(131072, 96)
+    tokens, width, vocabulary = context.size(8192, 16), context.size(2048, 16), context.size(131072, 96)
     hidden = context.random(tokens, width, dtype=torch.bfloat16).requires_grad_()
     weight = context.random(vocabulary, width, dtype=torch.bfloat16, scale=0.02).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,)).to(context.device)

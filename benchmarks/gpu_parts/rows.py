@@ -51,7 +51,7 @@ class EventWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, **values}) + "\n")
+        self._file.write(json.dumps({"event": event, **values}, default=str) + "\n")
         self._file.flush()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gpu_parts.goals import Goal
@@ -20,13 +21,13 @@ def print_report(report: dict[str, Any], goals: list[Goal], console: Console) ->
         if rows:
             console.print(_make_table(f"{part['name']}, {part['seconds']:.0f} s", rows))
         if part["error"]:
-            console.print(f"[red]{part['name']}:[/red] {_escape(part['error'])}")
+            console.print(f"[red]{part['name']}:[/red] {escape(part['error'])}")
     table = Table(title=f"Goals, on {report['device'].get('accelerator', 'no device')}, scale {report['scale']}")
     for name in ("goal", "wanted", "seen", ""):
         table.add_column(name, overflow="fold")
     for goal in goals:
         colour = _COLOURS[goal.state]
-        table.add_row(goal.goal, goal.wanted, goal.seen or "-", f"[{colour}]{goal.state}[/{colour}]")
+        table.add_row(goal.goal, goal.wanted, escape(goal.seen) or "-", f"[{colour}]{goal.state}[/{colour}]")
     console.print(table)
 
 
@@ -39,11 +40,11 @@ def _make_table(title: str, rows: list[dict[str, Any]]) -> Table:
     last: tuple[str, str] | None = None
     for row in rows:
         key = (row["name"], row["case"])
-        shown = ("", "") if key == last else key
+        shown = ("", "") if key == last else (escape(row["name"]), escape(row["case"]))
         last = key
-        by = f"[bold]{row['by']}[/bold]" if row["ours"] else row["by"]
+        by = f"[bold]{escape(row['by'])}[/bold]" if row["ours"] else escape(row["by"])
         if row["error"]:
-            table.add_row(*shown, f"{by} [red]{_escape(row['error'])}[/red]", "", "", "", "")
+            table.add_row(*shown, f"{by} [red]{escape(row['error'])}[/red]", "", "", "", "")
             continue
         share = "" if row["share"] is None else f"{row['share']:.0%}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
@@ -66,8 +67,3 @@ def format_rate(value: float | None, unit: str) -> str:
         return f"{value:,.0f} {unit}"
     scale, prefix = next(((scale, prefix) for scale, prefix in _PREFIXES if value >= scale), (1.0, ""))
     return f"{value / scale:.3g} {prefix}{unit}"
-
-
-def _escape(text: str) -> str:
-    """Square brackets are markup to rich."""
-    return text.replace("[", "\\[")

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -66,7 +67,6 @@ def make_row(
         "parameters": trained.shape.num_parameters,
         "flops_per_token": trained.flops_per_token,
         "mfu_datasheet": None if datasheet is None else achieved / datasheet,
-        "capture_failed": context.accelerator.facts.get("capture_failed"),
     }
     share = achieved / context.matmul_rate(context.product_dtype("bfloat16"))
     case = f"{trained.shape.num_parameters / 1e6:,.0f}M parameters, {rows} x {trained.shape.sequence_length} tokens"
@@ -97,8 +97,11 @@ def _measure_plain(context: Context, by: str, make: Callable[[Context, int], Ste
 
 def _measure_windlass(context: Context, by: str, **options: bool) -> Iterator[Row]:
     def measure(rows: int) -> Iterator[Row]:
+        context.accelerator.facts.pop("capture_failed", None)  # of an engine before
         with windlass_engine(context, rows, **options) as engine:
-            yield make_row(context, by, True, rows, time_step(context, engine_step(context, engine, rows)))
+            row = make_row(context, by, True, rows, time_step(context, engine_step(context, engine, rows)))
+        failure = context.accelerator.facts.get("capture_failed")
+        yield row if failure is None else replace(row, by=f"{by}, but not captured: {failure}")
 
     return fit(context, measure)
 
@@ -114,6 +117,7 @@ def _measure_without(context: Context) -> Iterator[Row]:
             step = engine_step(context, engine, rows)
             time_step(context, step)
             for left_out in (*((name,) for name in names), tuple(names)):
+                context.release()  # the peak is to be of these steps
                 try:
                     for name in left_out:
                         kernels.choose(name, "reference")

@@ -6,6 +6,7 @@ is ended by the driver; in both cases the driver starts the part again without i
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.metadata
 import platform
@@ -21,6 +22,7 @@ from gpu_parts.context import Context, DeviceLost, Scale
 from gpu_parts.rows import EventWriter, Row, describe_error
 
 LOST: Final = 75
+_LONG_SECONDS: Final = 50.0  # of one item, after which the log is told where it is: it may hang, and is ended then
 Item = tuple[str, Callable[[Context], Iterator[Row]]]
 
 PARTS: Final = {
@@ -33,6 +35,7 @@ PARTS: Final = {
 
 def run_worker(part: str, accelerator_name: str, scale: Scale, events: Path, done: Sequence[str]) -> int:
     """Run the items of a part that are not `done`; the exit status."""
+    faulthandler.enable()
     writer = EventWriter(events)
     items = [item for module in PARTS[part] for item in importlib.import_module(f"gpu_parts.{module}").ITEMS]
     try:
@@ -46,7 +49,9 @@ def run_worker(part: str, accelerator_name: str, scale: Scale, events: Path, don
         for name, measure in items:
             if name not in done:
                 writer.write("begin", item=name)
+                faulthandler.dump_traceback_later(_LONG_SECONDS)
                 _run_item(context, part, name, measure, writer)
+                faulthandler.cancel_dump_traceback_later()
                 writer.write("end", item=name)
     except DeviceLost as error:
         writer.write("lost", message=str(error))

@@ -16,10 +16,13 @@ from windlass.conformance.kernel_cases import AdamwState, make_scalars, make_sta
 COUNT, STEPS = 100_003, 5
 
 
-def make_step(accelerator: CudaAccelerator) -> TensorFunction:
-    """An optimizer step over all that it needs, on the device; its results lie in its arguments but for the norm."""
+def make_step(accelerator: CudaAccelerator, calls: list[int] | None = None) -> TensorFunction:
+    """An optimizer step over all that it needs, on the device; its results lie in its arguments but for the norm.
+    Each call of it on the host adds to `calls`."""
 
     def step(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if calls is not None:
+            calls.append(len(calls))
         weight, gradient, exp_avg, exp_avg_sq, low, scalars, scale, keep = tensors
         squares = accelerator.kernels["square_sum"](gradient, scale)
         adamw = accelerator.kernels["adamw"]
@@ -52,10 +55,12 @@ def test_a_recorded_step_gives_the_same_bits_and_counts(accelerator: CudaAcceler
     plain = run(accelerator, make_step(accelerator))
     counted = {key: tally.calls for key, tally in accelerator.counters.kernels.items()}
     accelerator.counters.reset()
-    captured = accelerator.capture(make_step(accelerator))
+    calls: list[int] = []
+    captured = accelerator.capture(make_step(accelerator, calls))
     recorded = run(accelerator, captured)
     assert isinstance(captured, CapturedFunction)
     assert captured.failure == ""
+    assert len(calls) == 2  # as it is, and to be recorded; the rest were replays
     for number, (one, other) in enumerate(zip(plain, recorded, strict=True), start=1):
         for first, second in zip(one, other, strict=True):
             assert torch.equal(first, second), number
@@ -74,6 +79,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(accelerator: CudaAccelerator) -> 
     assert accelerator.to_host(results[0]).tolist() == [4.0] * 4
     assert accelerator.to_host(captured([values])[0]).tolist() == [4.0] * 4
     assert accelerator.facts.pop("capture_failed")
+    drawn = torch.rand(100, device=accelerator.device)  # torch before 2.13 leaves its generator recording
+    assert 0 <= accelerator.to_host(drawn.min()).item() < accelerator.to_host(drawn.max()).item() < 1
     later = accelerator.capture(lambda tensors: [tensors[0] + 1])  # the device records on
     for _ in range(3):
         assert accelerator.to_host(later([values])[0]).tolist() == [2.0] * 4

@@ -13,6 +13,13 @@ from windlass.backends.cuda.device import CudaAccelerator
 HALF_A_SECOND = 900_000_000  # cycles of a GPU of about 1.8 GHz
 
 
+@pytest.fixture(autouse=True)
+def _load_kernels(accelerator: CudaAccelerator) -> None:
+    """The runtime loads a kernel when it is first launched, and may wait for all lanes then."""
+    torch.zeros(3, device=accelerator.device).fill_(1).add_(1).mul_(2)
+    accelerator.streams.synchronize()
+
+
 def test_a_long_kernel_on_one_lane_delays_no_other(accelerator: CudaAccelerator) -> None:
     values = torch.ones(1000, device=accelerator.device)
     accelerator.streams.synchronize()

@@ -113,8 +113,12 @@ def test_a_budget_is_kept(accelerator: CudaAccelerator) -> None:
 def test_what_the_device_does_not_have_is_out_of_memory(accelerator: CudaAccelerator) -> None:
     capacity = accelerator.memory.stats().capacity
     assert capacity.kind == "exact"
-    with pytest.raises(OutOfMemory):
+    used = accelerator.memory.stats().used
+    with pytest.raises(OutOfMemory, match="are in use by windlass"):
         accelerator.memory.empty((2 * (capacity.value or 0),), torch.uint8, tag="much")
+    with pytest.raises(OutOfMemory, match="out of memory"):  # by the books it fits, but the runtime needs some itself
+        accelerator.memory.empty(((capacity.value or 0) - (used.value or 0),), torch.uint8, tag="all")
+    assert accelerator.memory.stats().used == used
     assert accelerator.read_host(torch.ones(1, device=accelerator.device), tag="test") == [1.0]  # and nothing is left
 
 

@@ -71,6 +71,16 @@ def is_kernel(value: object) -> bool:
     return isinstance(value, triton.JITFunction | InterpretedFunction)
 
 
+def test_registers_are_limited_where_a_variant_says_so() -> None:
+    limits = {
+        (family, variant.name): variant.max_registers for family in find_families() for variant in variants_of(family)
+    }
+    limited = [one for one in results() if limits[one["family"], one["variant"]] is not None]
+    assert len(limited) == 2 * len(DEFAULT_TARGETS)  # the symmetric products in 16 bits with something added
+    for one in limited:
+        assert one["registers"] <= limits[one["family"], one["variant"]]
+
+
 def test_kernels_that_promise_bits_keep_subnormal_numbers() -> None:
     families = {f"{PACKAGE}.{family}" for family in ROUNDED_AS_THE_REFERENCE}
     assert [one for one in results() if one["family"] in families and one["flushes_subnormals"]] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from windlass.accelerator.polar import COEFFICIENTS, Coefficients, plan_restarts
 from windlass.backends.triton.launch import interpreting
 from windlass.backends.triton.normalize import normalize
 from windlass.backends.triton.polar import KERNELS, NewtonSchulz
+from windlass.backends.triton.polar import _multiply as multiply
 from windlass.conformance.polar_cases import PolarBounds, bound_polar, bound_polar_gram, make_matrices
 
 DEVICE = (None if interpreting() else torch.accelerator.current_accelerator()) or torch.device("cpu")
@@ -41,6 +43,20 @@ def test_standard_form(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert found.dtype is stack.dtype
     assert found.is_contiguous()
     assert_within(found, bound_polar(stack, JORDAN, dtype))
+
+
+@pytest.mark.parametrize("shape", [(40, 72), (130, 70)], ids=str)
+def test_standard_form_of_large_matrices_copies_none(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library copies what it is to add to a product of the size of X."""
+    added: list[bool] = []
+
+    def look(left: Tensor, right: Tensor, **more: Any) -> Tensor:
+        added.append(more.get("added") is not None)
+        return multiply(left, right, **more)
+
+    monkeypatch.setattr("windlass.backends.triton.polar._multiply", look)
+    ALWAYS.polar(make_stack(*shape).to(DEVICE), JORDAN[:2], product_dtype=torch.bfloat16)
+    assert added == [False, False]
 
 
 @pytest.mark.parametrize("shape", [(40, 72), (130, 70), (128, 192)], ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -75,6 +77,30 @@ def test_values_change_and_their_place_does_not(accelerator: Accelerator) -> Non
     assert other.tolist() == [5.0, 6.0]
     assert issuer.keep("rate", torch.tensor([7.0])).shape == (1,)
     assert first.tolist() == [3.0, 4.0]
+
+
+def test_an_engine_that_is_closed_lets_recordings_go(accelerator: Accelerator) -> None:
+    """At once, and not when somebody collects garbage: they hold memory on the device."""
+    recordings: list[weakref.ref[TensorFunction]] = []
+
+    def capture(function: TensorFunction) -> TensorFunction:
+        def recording(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return function(tensors)
+
+        recordings.append(weakref.ref(recording))
+        return recording
+
+    accelerator.capture = capture  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        engine = windlass.initialize(torch.nn.Linear(3, 1), {"capture_update": True}, accelerator=accelerator)
+        engine.backward(engine(torch.ones(1, 3)).sum())
+        assert engine.step()
+        assert [one() is None for one in recordings] == [False, False]
+        engine.close()
+        assert [one() is None for one in recordings] == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_captured_unless_asked_for(accelerator: Accelerator) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +121,17 @@ def test_without_triton_the_reference_runs_and_says_why(
     assert tuple(kernels) == ()
     assert words.startswith("reference, because Triton cannot be used: ")
     assert "install triton and a C compiler" in caplog.text
+
+
+def test_without_the_drivers_library_triton_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asserts that it finds it."""
+
+    class Active:
+        def get_current_target(self) -> None:
+            raise AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up")
+
+    driver = SimpleNamespace(driver=SimpleNamespace(active=Active()))
+    monkeypatch.setitem(sys.modules, "triton.runtime.driver", driver)
+    kernels, words = load_kernels()
+    assert tuple(kernels) == ()
+    assert words == "reference, because Triton cannot be used: AssertionError: libcuda.so cannot found!"

@@ -194,6 +194,8 @@ def test_fp16_neither_underflows_nor_overflows(accelerator: Accelerator) -> None
         ({"weight": torch.zeros(50, 6)}, r"wanted one dtype .* and weight as \[vocabulary, size of hidden\]"),
         ({"hidden": torch.zeros(9, 5, dtype=torch.float64)}, "cast them, or use torch.autocast"),
         ({"hidden": torch.zeros(9, 5, device="meta")}, "got hidden on meta, wanted it on cpu"),
+        ({"weight": torch.zeros(50, 5, device="meta")}, "got weight on meta, wanted it on cpu"),
+        ({"targets": torch.zeros(9, dtype=torch.int64, device="meta")}, "got targets on meta, wanted it on cpu"),
     ],
 )
 def test_cross_entropy_says_what_it_cannot_take(

@@ -216,6 +216,24 @@ def test_host_memory_is_locked_in_exact_size_and_unlocked(
     assert runtime.locked == {}
 
 
+def test_closing_unlocks_the_host_memory_that_is_still_used(
+    module: RecordedModule, lanes: DeviceLanes, counters: Counters
+) -> None:
+    runtime = RecordedRuntime()
+    memory = make_memory(module, lanes, counters, HostAllocator(find_page_lock(with_runtime(runtime), HOST)))
+    kept, tensor = memory.empty((10,), FLOAT), memory.empty((10,), FLOAT, Place.HOST).fill_(3)
+    module.log.clear()
+    memory.close()
+    memory.close()
+    assert module.log == ["host waits for all"]  # a copy may be under way
+    assert runtime.locked == {}
+    assert tensor.tolist() == [3.0] * 10
+    memory.release(tensor)
+    memory.release(kept)
+    module.synchronize()
+    assert memory.stats(Place.HOST).used == memory.stats().used == Measure("exact", 0)
+
+
 def test_host_memory_that_cannot_be_locked(module: RecordedModule, lanes: DeviceLanes, counters: Counters) -> None:
     runtime = RecordedRuntime()
     runtime.status = 2

@@ -17,6 +17,7 @@ from windlass.accelerator.environment import Environment
 from windlass.accelerator.errors import PeerLost
 from windlass.accelerator.interface import Group
 from windlass.backends.generic.collectives import ProcessGroupCollectives
+from windlass.backends.generic.device import open_device
 from windlass.backends.generic.process_groups import ProcessGroupTransport, read_problem
 from windlass.backends.generic.streams import DeviceLanes
 
@@ -90,3 +91,16 @@ def test_one_failure_ends_all_groups_and_is_remembered() -> None:
     ):
         collectives.barrier(collectives.world)
     collectives.close()
+
+
+def test_closing_leaves_the_groups_when_a_peer_is_lost_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = open_device("cpu", name="generic")
+
+    def wait() -> None:
+        raise PeerLost("rank 1 died")
+
+    monkeypatch.setattr(accelerator.memory, "close", wait)
+    with pytest.raises(PeerLost, match="rank 1 died"):
+        accelerator.close()
+    with pytest.raises(ValueError, match="the collectives are closed"):
+        accelerator.collectives.barrier(accelerator.collectives.world)

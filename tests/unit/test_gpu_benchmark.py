@@ -1,40 +1,18 @@
-"""The one command for a GPU: what it makes of rows, how it survives its parts, and a small run of it on the host."""
+"""The one command for a GPU: what it makes of rows, and a small run of it on the host."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gpu_benchmark import ROOT, Rows, make_row, part
 from windlass.accelerator.reference import SCHEMAS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path_of_benchmarks() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def part(name: str) -> Any:
-    """A module of the benchmark, which is no package of ours."""
-    return importlib.import_module(f"gpu_parts.{name}")
-
-
-def make_row(name: str, case: str, by: str, **values: Any) -> dict[str, Any]:
-    made: dict[str, Any] = part("rows").Row("kernels", name, case, by, **values).to_json()
-    return made
 
 
 def goals_of(rows: Rows) -> dict[str, Any]:
@@ -139,76 +117,6 @@ def test_polar_is_counted_in_the_flops_of_torchs_own_iteration() -> None:
         assert standard_flops(*shape, 5) == counter.get_total_flops()
 
 
-# -- processes -------------------------------------------------------------------------------------------------
-
-WORKER = """
-import json, os, sys, time
-events, done = sys.argv[1], sys.argv[2:]
-def tell(event, **values):
-    with open(events, "a") as file:
-        print(json.dumps({"event": event, **values}), file=file)
-def row(name):
-    return dict(part="p", name=name, case="", by="", ours=False, seconds=1.0, value=None, unit="", share=None,
-                peak_bytes=None, facts={}, error="")
-tell("facts", accelerator="pretend:0")
-for item in ("good", "dies", "hangs", "last"):
-    if item in done:
-        continue
-    tell("begin", item=item)
-    if item == "dies":
-        os.abort()
-    if item == "hangs":
-        time.sleep(600)
-    tell("row", row=row(item))
-    tell("end", item=item)
-tell("finished")
-"""
-
-
-def run_pretended(folder: Path, program: str, seconds: float, item_seconds: float) -> Any:
-    def command(events: Path, done: Sequence[str]) -> list[str]:
-        return [sys.executable, "-c", program, str(events), *done]
-
-    said: list[str] = []
-    result = part("processes").run_part("p", command, folder, seconds, item_seconds, said.append)
-    assert said
-    return result
-
-
-def test_an_item_that_dies_or_hangs_is_a_row_and_the_others_are_measured(tmp_path: Path) -> None:
-    result = run_pretended(tmp_path, WORKER, 60.0, 2.0)
-    assert result.error == ""
-    assert result.facts["accelerator"] == "pretend:0"
-    assert [(row["name"], row["error"]) for row in result.rows] == [
-        ("good", ""),
-        ("dies", "the process ended with status -6"),
-        ("hangs", "no end after 2 s"),
-        ("last", ""),
-    ]
-
-
-def test_a_part_ends_in_its_time_and_keeps_what_it_has(tmp_path: Path) -> None:
-    result = run_pretended(tmp_path, WORKER.replace('"good", "dies", ', '"good", '), 2.0, 60.0)
-    assert result.error == "not finished after 2 s; --minutes gives more"
-    assert [(row["name"], row["error"]) for row in result.rows] == [
-        ("good", ""),
-        ("hangs", "the time of the part is over"),
-    ]
-
-
-def test_results_of_pytest_are_summed_up(tmp_path: Path) -> None:
-    (tmp_path / "test_three.py").write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n"
-    )
-    xml = tmp_path / "results.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(tmp_path), f"--junitxml={xml}"]
-    subprocess.run([*command, str(tmp_path)], capture_output=True, check=False)
-    total, failed = part("correctness").read_junit(xml.read_text(), "tests/three")
-    assert (total.case, total.error) == ("1 passed, 1 failed, 1 skipped", "1 failed")
-    assert failed.name.endswith("::test_b")
-    assert failed.error == "assert 1 == 2"
-
-
 # -- the command -----------------------------------------------------------------------------------------------
 
 
@@ -250,8 +158,12 @@ def check_training(rows: Rows) -> None:
 
 
 def test_an_accelerator_that_cannot_be_had_is_said_and_not_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "mine.log").write_text("of somebody else")
+    (tmp_path / "rates.log").write_text("of a run before")
     done = run_command("--accelerator", "cpuu", "--only", "rates", "--out", str(tmp_path))
     assert done.returncode == 1
+    assert (tmp_path / "mine.log").is_file()
+    assert "of a run before" not in (tmp_path / "rates.log").read_text()
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert "Did you mean 'cpu'?" in report["parts"][0]["error"]
     assert report["rows"] == []

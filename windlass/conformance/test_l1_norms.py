@@ -133,7 +133,7 @@ def test_larger_shapes(accelerator: Accelerator, measure: Measure, centred: bool
         )
 
 
-@requires(level=1, must="eps decides where rows are small, and rows of one value are as good as others.", since="1.1")
+@requires(level=1, must="Where rows are small eps decides, and rows of one value are as good as others.", since="1.1")
 @NORMS
 def test_small_rows(accelerator: Accelerator, measure: Measure, centred: bool) -> None:
     for eps in (1e-5, 0.5):
