@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import pretend_device
+import windlass
 from fake_plugins import raises_sentence
 from recorded_device import RecordedModule
 from windlass.accelerator.errors import CollectiveTimeout, WindlassError
@@ -195,3 +197,21 @@ def wait_for_a_late_rank() -> None:
     finally:
         module.synchronize()
         accelerator.close()
+
+
+def train_and_count_threads(stage: int) -> tuple[int, int]:
+    """Threads of gloo after some steps, and after closing while engine, model and accelerator are still there."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+    config = {"train_batch_size": 4, "zero_optimization": {"stage": stage}}
+    with opened() as accelerator:
+        with windlass.initialize(model, config, accelerator=accelerator) as engine:
+            for _ in range(2):
+                engine.backward(engine(torch.ones(2, 4)).square().mean())
+                engine.step()
+        before = count_gloo_threads()
+    return before, count_gloo_threads()
+
+
+def count_gloo_threads() -> int:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)

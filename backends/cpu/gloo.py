@@ -54,7 +54,10 @@ class GlooWork(Work):
         except RuntimeError as error:
             self._explain(error)
         self._handle = None
-        self._complete()
+        complete, self._complete = self._complete, _nothing
+        complete()
+        # They reach the process group, whose threads must be able to end before the interpreter does.
+        self._before_waiting, self._explain = _nothing, _raise_again
 
     def done(self) -> bool:
         if self._handle is not None and self._handle.is_completed():
@@ -257,3 +260,11 @@ def _shorten(error: RuntimeError) -> str:
     """The first sentence of an error of gloo, without the file it comes from."""
     text = str(error).splitlines()[0]
     return (text.partition("] ")[2] if text.startswith("[/") else text).partition(". ")[0]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _raise_again(error: RuntimeError) -> NoReturn:
+    raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,6 +69,9 @@ def join(environment: Environment) -> Membership:
         return Membership(0, 1, None)
     where = f"{environment.master_address}:{environment.master_port}"
     started = time.monotonic()
+    # Its functions have the default group of the moment of import as a default argument. Imported later, by torch's
+    # compiler, they would keep our group and its threads, which may then take the interpreter down at its end.
+    importlib.import_module("torch.distributed.nn")
     try:
         store = _open_store(environment, where, timeout)
         dist.init_process_group(

@@ -130,6 +130,8 @@ class ProcessGroupCollectives(CheckedCollectives):
         if self._closed:
             return
         self._closed = True
+        # Whatever reaches a process group must go, or its threads live on and take the interpreter down at its end.
+        self._streams.pending.forget()
         self._transports.clear()
         self._device_transports.clear()
         if not self._membership.created_world and dist.is_initialized():

@@ -54,6 +54,10 @@ class Pending:
         self._works.append(work)
         return work
 
+    def forget(self) -> None:
+        """Wait for none of them any more: what carries them out is being closed."""
+        self._works.clear()
+
     def finish(self) -> None:
         """Wait for all of them."""
         waiting, self._works = self._works, []

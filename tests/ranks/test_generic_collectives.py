@@ -57,6 +57,14 @@ def test_a_peer_that_dies_is_named() -> None:
         assert text.endswith(f") died while rank {rank} waited for it in all_reduce 'norm'")
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_thread_outlives_the_groups(stage: int) -> None:
+    """One that meets the end of the interpreter ends it by SIGABRT, now and then."""
+    (before, after), _ = run_ranks(workers.train_and_count_threads, 2, stage)
+    assert before > 1
+    assert after == 0
+
+
 def test_work_on_streams_is_a_point_of_the_lane() -> None:
     run_ranks(workers.gather_on_a_lane, 2)
 
