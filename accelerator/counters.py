@@ -66,6 +66,32 @@ class Counters:
                 table[f"{group}/{kind}/{tag}"] = {"calls": tally.calls, "bytes": tally.bytes}
         return table
 
+    def copy(self) -> Counters:
+        """Everything so far, which later counting leaves as it is."""
+        copied = Counters()
+        copied.add(self)
+        return copied
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after `before` was copied."""
+        counted = self.copy()
+        counted.add(before, times=-1)
+        return counted
+
+    def add(self, other: Counters, times: int = 1) -> None:
+        """Count what `other` has counted so many times more; what comes to nothing is as if it never was."""
+        for tallies, more in (
+            (self.collectives, other.collectives),
+            (self.copies, other.copies),
+            (self.kernels, other.kernels),
+        ):
+            for key, tally in more.items():
+                tallies[key].calls += times * tally.calls
+                tallies[key].bytes += times * tally.bytes
+                if not tallies[key].calls and not tallies[key].bytes:
+                    del tallies[key]
+        self.host_reads += times * other.host_reads
+
     def reset(self) -> None:
         """Forget everything counted so far."""
         self.collectives.clear()

@@ -64,6 +64,10 @@ class Kernels:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         kernel = self._chosen[name]
         self._counters.count_kernel(name, kernel.implementation)
+        return self.bind(kernel)
+
+    def bind(self, kernel: Kernel) -> Callable[..., Any]:
+        """What one implementation is called by, whether it is chosen or not; such calls are not counted."""
         return functools.partial(kernel.function, self) if kernel.composed else kernel.function
 
     def choose(self, name: str, implementation: str) -> None:

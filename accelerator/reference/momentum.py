@@ -58,12 +58,7 @@ def momentum_blend(
 
     `keep` false leaves the momentum as it was and gives zeros, so that an overflow spoils nothing that comes after.
     """
-    if (noise is None) != (momentum.dtype is torch.float32):
-        wanted = "none" if momentum.dtype is torch.float32 else "some"
-        raise ValueError(
-            f"kernel 'momentum_blend' got {'no ' if noise is None else ''}noise for a momentum of {momentum.dtype}, "
-            f"wanted {wanted}; only what is rounded to 16 bits needs it"
-        )
+    require_noise(momentum, noise)
     mu, rest = scalars.unbind()
     g = gradient.to(torch.float32) * gradient_scale
     before = momentum.to(torch.float32)
@@ -85,3 +80,12 @@ def scale_decay_update(
     if low is not None:
         low.copy_(torch.where(keep, weight.to(low.dtype), low))
     return weight, low
+
+
+def require_noise(momentum: Tensor, noise: Tensor | None) -> None:
+    """Raise ValueError unless there is noise exactly for a momentum that is rounded."""
+    if (noise is None) != (momentum.dtype is torch.float32):
+        raise ValueError(
+            f"kernel 'momentum_blend' got {'no ' if noise is None else ''}noise for a momentum of {momentum.dtype}, "
+            f"wanted {'some' if noise is None else 'none'}; only what is rounded to 16 bits needs it"
+        )

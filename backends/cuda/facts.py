@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from windlass.backends.cpu.system_files import read_words
 from windlass.backends.cuda.driver import Attribute, Driver, spell_version
 from windlass.backends.cuda.layout import SYSTEM, Node, find_node, read_link, read_nodes, spell_cpus
 
@@ -25,7 +26,7 @@ def collect_facts(driver: Driver, index: int, runtime: str, system: Path = SYSTE
         "l2_cache_bytes": driver.try_attribute(index, Attribute.L2_CACHE_BYTES),
         "shared_memory_bytes": driver.try_attribute(index, Attribute.SHARED_MEMORY_BYTES),
         "driver_cuda": spell_version(driver.version()),
-        "driver_version": parse_driver_version(_read(system / "module/nvidia/version")),
+        "driver_version": parse_driver_version(read_words(system / "module/nvidia/version")),
         "runtime_cuda": runtime,
         "pci_address": address,
         "pcie": {
@@ -73,10 +74,3 @@ def parse_driver_version(text: str) -> str | None:
     """ "580.65.06" from /sys/module/nvidia/version; None where there is none, as in some containers."""
     words = text.split()
     return words[0] if words else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from windlass.backends.cpu.system_files import read_words
+
 SYSTEM: Final = Path("/sys")
 
 _GENERATIONS: Final = {"2.5": 1, "5.0": 2, "5": 2, "8.0": 3, "8": 3, "16.0": 4, "32.0": 5, "64.0": 6}
@@ -41,8 +43,8 @@ def read_nodes(system: Path = SYSTEM) -> tuple[Node, ...]:
     folders = [path for path in system.glob("devices/system/node/node*") if path.name[4:].isdecimal()]
     nodes = []
     for folder in sorted(folders, key=lambda path: int(path.name[4:])):
-        cpus, distances = parse_cpus(_read(folder / "cpulist")), _read(folder / "distance").split()
-        memory = parse_node_memory(_read(folder / "meminfo"))
+        cpus, distances = parse_cpus(read_words(folder / "cpulist")), read_words(folder / "distance").split()
+        memory = parse_node_memory(read_words(folder / "meminfo"))
         nodes.append(Node(int(folder.name[4:]), cpus, memory, tuple(int(number) for number in distances)))
     return tuple(nodes)
 
@@ -51,10 +53,10 @@ def read_link(address: str, system: Path = SYSTEM) -> Link:
     """The link of the PCI device at an address such as "0000:9b:00.0"."""
     folder = system / "bus/pci/devices" / address
     return Link(
-        parse_generation(_read(folder / "current_link_speed")),
-        parse_width(_read(folder / "current_link_width")),
-        parse_generation(_read(folder / "max_link_speed")),
-        parse_width(_read(folder / "max_link_width")),
+        parse_generation(read_words(folder / "current_link_speed")),
+        parse_width(read_words(folder / "current_link_width")),
+        parse_generation(read_words(folder / "max_link_speed")),
+        parse_width(read_words(folder / "max_link_width")),
     )
 
 
@@ -70,7 +72,7 @@ def find_node(
     with_cpus = [node for node in nodes if node.cpus]
     if len(with_cpus) == 1:
         return with_cpus[0]
-    told = _read(system / "bus/pci/devices" / address / "numa_node")
+    told = read_words(system / "bus/pci/devices" / address / "numa_node")
     shown = int(told) if told.removeprefix("-").isdecimal() else -1
     for number in (host_node, shown):
         node = None if number is None else by_number.get(number)
@@ -122,10 +124,3 @@ def parse_generation(text: str) -> int | None:
 def parse_width(text: str) -> int | None:
     """ "16" as 16; 0 and 255 mean that there is no such link."""
     return int(text) if text.isdecimal() and 0 < int(text) < 255 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # not there on this machine, or not ours to read
-        return ""

@@ -11,9 +11,9 @@ from windlass.accelerator.environment import Environment, read_environment
 from windlass.accelerator.hookspecs import Probe
 from windlass.accelerator.interface import INTERFACE_VERSION
 from windlass.backends.cpu.memory import format_bytes
+from windlass.backends.cpu.system_files import PCI, list_pci_devices, read_words
 from windlass.backends.cuda.driver import NO_DEVICE, Driver, DriverError, spell_version
 
-PCI: Final = Path("/sys/bus/pci/devices")
 _NVIDIA: Final = "0x10de"
 _DISPLAY: Final = "0x03"  # the class of a GPU, with a display or without; the rest of the code says which
 
@@ -64,9 +64,7 @@ def describe_device(driver: Driver, index: int) -> str:
 
 def count_gpus(bus: Path = PCI) -> int:
     """NVIDIA's GPUs on this host's PCI bus, whether a driver serves them or not."""
-    return sum(
-        _read(folder / "vendor") == _NVIDIA and _read(folder / "class").startswith(_DISPLAY) for folder in bus.glob("*")
-    )
+    return sum(read_words(folder / "class").startswith(_DISPLAY) for folder in list_pci_devices(_NVIDIA, bus))
 
 
 def _find_problem_of_torch(torch: Any) -> str:
@@ -121,13 +119,6 @@ def _ask_torch(torch: Any) -> str:
 
 def _spell_gpus(count: int) -> str:
     return "a GPU of NVIDIA" if count == 1 else f"{count} GPUs of NVIDIA"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # unplugged meanwhile, or not ours to read
-        return ""
 
 
 def _unusable(reason: str, version: str) -> Probe:

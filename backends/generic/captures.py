@@ -18,7 +18,6 @@ from torch import Tensor
 
 from windlass.accelerator.counters import Counters
 from windlass.accelerator.interface import TensorFunction
-from windlass.backends.generic.counted import Counted, read_counters
 
 KEPT: Final = 8
 """Recordings of one function that are kept; each has memory of its own for what the function allocates."""
@@ -60,7 +59,7 @@ class _Alias:
 class _Recording:
     results: tuple[Tensor | _Alias, ...]
     replay: Callable[[], None]
-    counted: Counted
+    counted: Counters
 
 
 class CapturedFunction:
@@ -102,20 +101,19 @@ class CapturedFunction:
                 self._give_up(error)
                 return self._function(tensors)
         else:
-            recording.counted.add_to(self._counters)
+            self._counters.add(recording.counted)
         self._keep(key, recording)
         recording.replay()
         return [one.take_from(tensors) if isinstance(one, _Alias) else one for one in recording.results]
 
     def _record(self, tensors: Sequence[Tensor]) -> _Recording:
-        before = read_counters(self._counters)
+        before = self._counters.copy()
         try:
             results, replay = self._recorder.record(lambda: self._function(tensors))
-            return _Recording(
-                tuple(_find_alias(one, tensors) for one in results), replay, read_counters(self._counters).since(before)
-            )
+            found = tuple(_find_alias(one, tensors) for one in results)
+            return _Recording(found, replay, self._counters.since(before))
         except RuntimeError:
-            read_counters(self._counters).since(before).take_from(self._counters)  # nothing of it has run
+            self._counters.add(self._counters.since(before), times=-1)  # nothing of it has run
             raise
 
     def _keep(self, key: _Key, recording: _Recording | None) -> None:

@@ -7,7 +7,7 @@ bit. Numbers that change from step to step are read from the device by each prog
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -16,7 +16,14 @@ from torch import Tensor
 
 from windlass.accelerator.kernels import Kernel
 from windlass.accelerator.reference.adamw import ADAMW_SCALARS, Updated
-from windlass.backends.triton.launch import IMPLEMENTATION, TYPE_NAMES, Variant, launch, require
+from windlass.backends.triton.launch import (
+    IMPLEMENTATION,
+    TYPE_NAMES,
+    Variant,
+    launch_over,
+    make_vector_variant,
+    require,
+)
 from windlass.backends.triton.numbers import make_noise, round_stochastically, round_to, widen
 
 BLOCK: Final = 1024
@@ -120,40 +127,21 @@ def update_vector(
 def make_variant(
     gradient: torch.dtype, moments: torch.dtype, low: torch.dtype | None, decoupled: bool, *, aligned: bool = True
 ) -> Variant:
-    """The program for one combination of dtypes. At a launch Triton itself sees whether addresses are aligned."""
-    vectors = {
-        "weight": "*fp32",
-        "gradient": f"*{TYPE_NAMES[gradient]}",
-        "exp_avg": f"*{TYPE_NAMES[moments]}",
-        "exp_avg_sq": f"*{TYPE_NAMES[moments]}",
-        "low": "constexpr" if low is None else f"*{TYPE_NAMES[low]}",
-    }
-    stochastic = moments is torch.bfloat16
-    constants: dict[str, Any] = {"DECOUPLED": decoupled, "BLOCK": BLOCK}
-    if low is None:
-        constants["low"] = None
-    if not stochastic:
-        constants["noise"] = None
-    return Variant(
-        name=(
-            f"adamw of {TYPE_NAMES[gradient]} gradients, {TYPE_NAMES[moments]} moments, "
-            f"{'no' if low is None else TYPE_NAMES[low]} low copies{'' if decoupled else ', L2'}"
-            f"{'' if aligned else ', any alignment'}"
-        ),
-        function=update_vector,
-        signature={
-            **vectors,
+    """The program for one combination of dtypes."""
+    return make_vector_variant(
+        f"adamw of {TYPE_NAMES[gradient]} gradients, {TYPE_NAMES[moments]} moments, "
+        f"{'no' if low is None else TYPE_NAMES[low]} low copies{'' if decoupled else ', L2'}",
+        update_vector,
+        {"weight": torch.float32, "gradient": gradient, "exp_avg": moments, "exp_avg_sq": moments, "low": low},
+        {
             "scalars": "*fp32",
             "gradient_scale": "*fp32",
             "keep": "*u1",
-            "noise": "*i64" if stochastic else "constexpr",
-            "count": "i32",
-            "DECOUPLED": "constexpr",
-            "BLOCK": "constexpr",
+            "noise": "*i64" if moments is torch.bfloat16 else None,
         },
-        constants=constants,
+        {"DECOUPLED": decoupled, "BLOCK": BLOCK},
         num_warps=WARPS,
-        aligned=tuple(name for name, kind in vectors.items() if kind != "constexpr") if aligned else (),
+        aligned=aligned,
     )
 
 
@@ -240,23 +228,19 @@ def _update(
     if noise is not None:
         require(kernel, "noise", noise, (torch.int64,), 2)
     weight, gradient, exp_avg, exp_avg_sq, low = vectors
-    count = weight.numel()
-    if count == 0:
-        return
-    given = {"low": low, "noise": noise}
-    launch(
+    launch_over(
         make_variant(gradient.dtype, moments, None if low is None else low.dtype, decoupled),
-        (triton.cdiv(count, BLOCK),),
+        weight.numel(),
         weight.device,
         weight=weight,
         gradient=gradient,
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
+        low=low,
         scalars=scalars,
         gradient_scale=gradient_scale,
         keep=keep,
-        count=count,
-        **{name: tensor for name, tensor in given.items() if tensor is not None},
+        noise=noise,
     )
 
 

@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from windlass.backends.triton.kernels import FAMILIES
 
 if TYPE_CHECKING:
     from windlass.backends.triton.launch import Variant
@@ -64,10 +65,8 @@ class Compiled:
 
 
 def find_families() -> tuple[str, ...]:
-    """The modules of this package that declare variants; all are imported, and Triton with them."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
-    modules = (f"{PACKAGE}.{name}" for name in names if name not in ("__init__", "compile"))
-    return tuple(module for module in modules if variants_of(module))
+    """The modules of this package that declare variants, by their full names."""
+    return tuple(f"{PACKAGE}.{family}" for family in FAMILIES)
 
 
 def variants_of(family: str) -> tuple[Variant, ...]:

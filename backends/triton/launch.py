@@ -6,7 +6,7 @@ variants only, so that what was compiled without a device is what runs on one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -52,6 +52,40 @@ class Variant:
             "enable_fp_fusion": self.fp_fusion,
             **limits,
         }
+
+
+def make_vector_variant(
+    title: str,
+    function: Any,
+    vectors: Mapping[str, torch.dtype | None],  # None: there is no such vector
+    others: Mapping[str, str | None],  # arguments besides, by Triton's names of their types; None: not given
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int,
+    aligned: bool = True,
+) -> Variant:
+    """The program of a kernel that goes over `count` elements of some vectors, `BLOCK` of them at a time.
+
+    At a launch Triton itself sees whether addresses are aligned; ahead of time `aligned` says it.
+    """
+    given = {name: None if dtype is None else f"*{TYPE_NAMES[dtype]}" for name, dtype in vectors.items()}
+    types = {**given, **others, "count": "i32"}
+    absent = {name: None for name, kind in types.items() if kind is None}
+    return Variant(
+        name=f"{title}{'' if aligned else ', any alignment'}",
+        function=function,
+        signature={name: kind or "constexpr" for name, kind in types.items()} | dict.fromkeys(constants, "constexpr"),
+        constants={**constants, **absent},
+        num_warps=num_warps,
+        aligned=tuple(name for name in vectors if name not in absent) if aligned else (),
+    )
+
+
+def launch_over(variant: Variant, count: int, device: torch.device, **arguments: Tensor | None) -> None:
+    """Launch a program over `count` elements, a block for each `BLOCK` of them; of nothing there is no launch."""
+    if count > 0:
+        given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+        launch(variant, (triton.cdiv(count, variant.constants["BLOCK"]),), device, count=count, **given)
 
 
 @cache

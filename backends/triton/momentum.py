@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -14,8 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from windlass.accelerator.kernels import Kernel
-from windlass.accelerator.reference.momentum import SCALE_DECAY_SCALARS
-from windlass.backends.triton.launch import IMPLEMENTATION, TYPE_NAMES, Variant, launch, require
+from windlass.accelerator.reference.momentum import SCALE_DECAY_SCALARS, require_noise
+from windlass.backends.triton.launch import (
+    IMPLEMENTATION,
+    TYPE_NAMES,
+    Variant,
+    launch_over,
+    make_vector_variant,
+    require,
+)
 from windlass.backends.triton.numbers import make_noise, round_stochastically, round_to, widen
 
 BLOCK: Final = 2048
@@ -140,59 +147,34 @@ def make_blend_variant(
     momentum: torch.dtype, gradient: torch.dtype, blended: torch.dtype, nesterov: bool, *, aligned: bool = True
 ) -> Variant:
     """The program of `momentum_blend` for one combination of dtypes."""
-    stochastic = momentum is torch.bfloat16
-    constants: dict[str, Any] = {"NESTEROV": nesterov, "BLOCK": BLOCK}
-    if not stochastic:
-        constants["noise"] = None
-    return Variant(
-        name=(
-            f"momentum_blend of {TYPE_NAMES[momentum]} momentum, {TYPE_NAMES[gradient]} gradients, into "
-            f"{TYPE_NAMES[blended]}{'' if nesterov else ', plain'}{'' if aligned else ', any alignment'}"
-        ),
-        function=blend_vector,
-        signature={
-            "momentum": f"*{TYPE_NAMES[momentum]}",
-            "gradient": f"*{TYPE_NAMES[gradient]}",
-            "blended": f"*{TYPE_NAMES[blended]}",
+    return make_vector_variant(
+        f"momentum_blend of {TYPE_NAMES[momentum]} momentum, {TYPE_NAMES[gradient]} gradients, into "
+        f"{TYPE_NAMES[blended]}{'' if nesterov else ', plain'}",
+        blend_vector,
+        {"momentum": momentum, "gradient": gradient, "blended": blended},
+        {
             "scalars": "*fp32",
             "gradient_scale": "*fp32",
             "keep": "*u1",
-            "noise": "*i64" if stochastic else "constexpr",
-            "count": "i32",
-            "NESTEROV": "constexpr",
-            "BLOCK": "constexpr",
+            "noise": "*i64" if momentum is torch.bfloat16 else None,
         },
-        constants=constants,
+        {"NESTEROV": nesterov, "BLOCK": BLOCK},
         num_warps=WARPS,
-        aligned=("momentum", "gradient", "blended") if aligned else (),
+        aligned=aligned,
     )
 
 
 @cache
 def make_decay_variant(direction: torch.dtype, low: torch.dtype | None, *, aligned: bool = True) -> Variant:
     """The program of `scale_decay_update` for one combination of dtypes."""
-    constants: dict[str, Any] = {"BLOCK": BLOCK}
-    if low is None:
-        constants["low"] = None
-    vectors = ("weight", "direction") if low is None else ("weight", "direction", "low")
-    return Variant(
-        name=(
-            f"scale_decay_update by {TYPE_NAMES[direction]}, {'no' if low is None else TYPE_NAMES[low]} low copies"
-            f"{'' if aligned else ', any alignment'}"
-        ),
-        function=decay_vector,
-        signature={
-            "weight": "*fp32",
-            "direction": f"*{TYPE_NAMES[direction]}",
-            "scalars": "*fp32",
-            "keep": "*u1",
-            "low": "constexpr" if low is None else f"*{TYPE_NAMES[low]}",
-            "count": "i32",
-            "BLOCK": "constexpr",
-        },
-        constants=constants,
+    return make_vector_variant(
+        f"scale_decay_update by {TYPE_NAMES[direction]}, {'no' if low is None else TYPE_NAMES[low]} low copies",
+        decay_vector,
+        {"weight": torch.float32, "direction": direction, "low": low},
+        {"scalars": "*fp32", "keep": "*u1"},
+        {"BLOCK": BLOCK},
         num_warps=WARPS,
-        aligned=vectors if aligned else (),
+        aligned=aligned,
     )
 
 
@@ -229,29 +211,21 @@ def momentum_blend(
     require(kernel, "scalars", scalars, (torch.float32,), 2)
     require(kernel, "gradient_scale", gradient_scale, (torch.float32,), 1)
     require(kernel, "keep", keep, (torch.bool,), 1)
-    if (noise is None) != (momentum.dtype is torch.float32):
-        raise ValueError(
-            f"kernel 'momentum_blend' got {'no ' if noise is None else ''}noise for a momentum of {momentum.dtype}, "
-            f"wanted {'some' if noise is None else 'none'}; only what is rounded to 16 bits needs it"
-        )
-    given = {}
+    require_noise(momentum, noise)
     if noise is not None:
         require(kernel, "noise", noise, (torch.int64,), 2)
-        given["noise"] = noise
-    if count > 0:
-        launch(
-            make_blend_variant(momentum.dtype, gradient.dtype, blended.dtype, nesterov),
-            (triton.cdiv(count, BLOCK),),
-            momentum.device,
-            momentum=momentum,
-            gradient=gradient,
-            blended=blended,
-            scalars=scalars,
-            gradient_scale=gradient_scale,
-            keep=keep,
-            count=count,
-            **given,
-        )
+    launch_over(
+        make_blend_variant(momentum.dtype, gradient.dtype, blended.dtype, nesterov),
+        count,
+        momentum.device,
+        momentum=momentum,
+        gradient=gradient,
+        blended=blended,
+        scalars=scalars,
+        gradient_scale=gradient_scale,
+        keep=keep,
+        noise=noise,
+    )
     return momentum, blended
 
 
@@ -264,22 +238,18 @@ def scale_decay_update(
     require(kernel, "direction", direction, _ANY, count)
     require(kernel, "scalars", scalars, (torch.float32,), len(SCALE_DECAY_SCALARS))
     require(kernel, "keep", keep, (torch.bool,), 1)
-    given = {}
     if low is not None:
         require(kernel, "low", low, _NARROW, count)
-        given["low"] = low
-    if count > 0:
-        launch(
-            make_decay_variant(direction.dtype, None if low is None else low.dtype),
-            (triton.cdiv(count, BLOCK),),
-            weight.device,
-            weight=weight,
-            direction=direction,
-            scalars=scalars,
-            keep=keep,
-            count=count,
-            **given,
-        )
+    launch_over(
+        make_decay_variant(direction.dtype, None if low is None else low.dtype),
+        count,
+        weight.device,
+        weight=weight,
+        direction=direction,
+        scalars=scalars,
+        keep=keep,
+        low=low,
+    )
     return weight, low
 
 

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from windlass.accelerator.kernels import Kernel
-from windlass.backends.triton.launch import IMPLEMENTATION, TYPE_NAMES, Variant, launch, require
+from windlass.backends.triton.launch import (
+    IMPLEMENTATION,
+    TYPE_NAMES,
+    Variant,
+    launch,
+    launch_over,
+    make_vector_variant,
+    require,
+)
 from windlass.backends.triton.numbers import round_to, widen
 
 SUM_ROWS: Final = 8
@@ -160,19 +168,14 @@ FINISH: Final = Variant(
 @cache
 def make_cast_variant(destination: torch.dtype, source: torch.dtype, *, aligned: bool = True) -> Variant:
     """The program for one pair of dtypes."""
-    return Variant(
-        name=(f"scale_cast of {TYPE_NAMES[source]} to {TYPE_NAMES[destination]}{'' if aligned else ', any alignment'}"),
-        function=cast_blocks,
-        signature={
-            "destination": f"*{TYPE_NAMES[destination]}",
-            "source": f"*{TYPE_NAMES[source]}",
-            "scale": "*fp32",
-            "count": "i32",
-            "BLOCK": "constexpr",
-        },
-        constants={"BLOCK": CAST_BLOCK},
+    return make_vector_variant(
+        f"scale_cast of {TYPE_NAMES[source]} to {TYPE_NAMES[destination]}",
+        cast_blocks,
+        {"destination": destination, "source": source},
+        {"scale": "*fp32"},
+        {"BLOCK": CAST_BLOCK},
         num_warps=4,
-        aligned=("destination", "source") if aligned else (),
+        aligned=aligned,
     )
 
 
@@ -209,16 +212,8 @@ def scale_cast(destination: Tensor, source: Tensor, scale: Tensor) -> Tensor:
     require("scale_cast", "destination", destination, _ANY, count)
     require("scale_cast", "source", source, _ANY, count)
     require("scale_cast", "scale", scale, (torch.float32,), 1)
-    if count > 0:
-        launch(
-            make_cast_variant(destination.dtype, source.dtype),
-            (triton.cdiv(count, CAST_BLOCK),),
-            destination.device,
-            destination=destination,
-            source=source,
-            scale=scale,
-            count=count,
-        )
+    variant = make_cast_variant(destination.dtype, source.dtype)
+    launch_over(variant, count, destination.device, destination=destination, source=source, scale=scale)
     return destination
 
 

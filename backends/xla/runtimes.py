@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from windlass.accelerator.environment import Environment, read_environment
 from windlass.accelerator.errors import BackendUnusable
+from windlass.backends.cpu.system_files import PCI, list_pci_devices, read_words
 
 if TYPE_CHECKING:
     from windlass.accelerator.interface import Accelerator
@@ -25,7 +26,6 @@ TORCH_TPU: Final = "torch_tpu"
 TORCH_XLA: Final = "torch_xla"
 INSTALL: Final = "pip install 'windlass[xla]' in an environment of its own, or torch_tpu on a TPU"
 
-PCI: Final = Path("/sys/bus/pci/devices")
 _VENDOR: Final = "0x1ae0"  # Google, whose virtual network cards have it as well
 _TPUS: Final = frozenset({"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"})
 """PCI devices of this vendor that are TPUs, v2 to 7x, as torch_xla 2.9 lists them in torch_xla/_internal/tpu.py."""
@@ -138,12 +138,8 @@ def count_tpus(devices: Path = PCI) -> int:
 
 def list_devices(bus: Path = PCI) -> Iterator[tuple[Path, str]]:
     """(folder, device number) of the vendor's devices on this host's PCI bus, TPUs and others."""
-    for folder in sorted(bus.glob("*")):
-        try:
-            vendor, device = ((folder / name).read_text().strip() for name in ("vendor", "device"))
-        except OSError:  # it was unplugged meanwhile, or is not ours to read
-            continue
-        if vendor == _VENDOR:
+    for folder in list_pci_devices(_VENDOR, bus):
+        if device := read_words(folder / "device"):
             yield folder, device
 
 

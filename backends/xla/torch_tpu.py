@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from windlass.accelerator.errors import BackendUnusable
 from windlass.accelerator.interface import Event, Streams
 from windlass.accelerator.plugins import describe_cause
-from windlass.backends.xla.runtimes import PCI, TORCH_TPU, RuntimeProbe, find_version, list_devices, unusable
+from windlass.backends.cpu.system_files import PCI
+from windlass.backends.xla.runtimes import TORCH_TPU, RuntimeProbe, find_version, list_devices, unusable
 
 if TYPE_CHECKING:
     import torch

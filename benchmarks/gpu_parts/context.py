@@ -75,8 +75,7 @@ class Context:
         """Each registered implementation of a kernel, called with these arguments."""
         chosen = self.accelerator.kernels.chosen()[kernel]
         for one in self.accelerator.kernels.implementations(kernel):
-            function = functools.partial(one.function, self.accelerator.kernels) if one.composed else one.function
-            call = functools.partial(function, *arguments, **named)
+            call = functools.partial(self.accelerator.kernels.bind(one), *arguments, **named)
             yield f"windlass {one.implementation}", one.implementation == chosen, call
 
     def compare(

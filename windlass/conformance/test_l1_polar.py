@@ -11,15 +11,16 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.polar import COEFFICIENTS, Coefficients
-from windlass.conformance.allocations import assert_same_bits, dtype_named
+from windlass.conformance.allocations import dtype_named
+from windlass.conformance.kernel_cases import Doubles
 from windlass.conformance.kernel_runs import each_implementation, run_polar
 from windlass.conformance.plugin import Measure
 from windlass.conformance.polar_cases import bound_polar, make_matrices
+from windlass.conformance.polar_runs import JORDAN, check_not_finite, check_polar, check_zeros
 from windlass.conformance.requirements import requires
 
 SET = pytest.mark.parametrize("coefficients", COEFFICIENTS)
 PRODUCT = pytest.mark.parametrize("product", ["float32", "bfloat16", "float16"])
-JORDAN = COEFFICIENTS["jordan"]
 
 
 def check_bounds(
@@ -33,18 +34,12 @@ def check_bounds(
     """Compare every implementation with the tolerance of the schema, matrix by matrix, and note the worst."""
     bounds = bound_polar(stack, coefficients, product_dtype)
     unit = max(torch.finfo(product_dtype).eps, torch.finfo(stack.dtype).eps)
-    with each_implementation(accelerator, "polar") as turns:
-        for implementation, polar in turns:
-            found = run_polar(accelerator, polar, stack, coefficients, product_dtype).double().numpy()
-            errors = np.sqrt(((found - bounds.wanted) ** 2).sum((-2, -1)))
-            shares = np.where(errors == 0, 0, errors / np.maximum(bounds.allowed, 1e-300))
-            measure(
-                "kernel", name="polar", implementation=implementation, case=case, error=float(shares.max()),
-                bound=1.0, unit="of the allowed error",
-            )  # fmt: skip
-            assert (shares <= 1).all(), f"{implementation}, {case}: shares of what is allowed are {shares}"
-            largest = float(np.linalg.norm(found, 2, (-2, -1)).max())
-            assert largest <= bounds.largest * (1 + 4 * unit), f"{implementation}, {case}: {largest} is too large"
+
+    def check_largest(found: Doubles, what: str) -> None:
+        largest = float(np.linalg.norm(found, 2, (-2, -1)).max())
+        assert largest <= bounds.largest * (1 + 4 * unit), f"{what}: {largest} is too large"
+
+    check_polar(accelerator, measure, "polar", case, stack, bounds, coefficients, product_dtype, check_largest)
 
 
 @requires(
@@ -117,32 +112,13 @@ def test_narrow_stack(accelerator: Accelerator, measure: Measure, dtype: str) ->
 )
 @PRODUCT
 def test_zeros(accelerator: Accelerator, product: str) -> None:
-    stack = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(7))
-    stack[0], stack[1, 4:], stack[2, :, 11:] = 0, 0, 0
-    empty = torch.zeros(0, 9, 14)
-    with each_implementation(accelerator, "polar") as turns:
-        for implementation, polar in turns:
-            found = run_polar(accelerator, polar, stack, JORDAN, dtype_named(product))
-            for part in (found[0], found[1, 4:], found[2, :, 11:]):
-                assert torch.equal(part, torch.zeros_like(part)), f"{implementation}: zeros do not stay zeros"
-            norms = found[1:].square().sum((-2, -1)).sqrt()
-            assert (norms > 1).all(), f"{implementation}: what is beside the zeros has norms {norms.tolist()}"
-            assert_same_bits(run_polar(accelerator, polar, empty, JORDAN, dtype_named(product)), empty, implementation)
+    check_zeros(accelerator, "polar", dtype_named(product))
 
 
 @requires(level=1, must="A matrix that is not finite becomes nan by polar and spoils no other of its stack.")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_not_finite(accelerator: Accelerator, value: float) -> None:
-    stack = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(8))
-    stack[1, 7, 3] = value
-    healthy = stack[[0, 2]]
-    bounds = bound_polar(healthy, JORDAN, torch.float32)
-    with each_implementation(accelerator, "polar") as turns:
-        for implementation, polar in turns:
-            found = run_polar(accelerator, polar, stack, JORDAN)
-            assert found[1].isnan().all(), f"{implementation}: a matrix with {value} is not nan everywhere"
-            errors = np.sqrt(((found[[0, 2]].double().numpy() - bounds.wanted) ** 2).sum((-2, -1)))
-            assert (errors <= bounds.allowed).all(), f"{implementation}: its neighbours are off by {errors}"
+    check_not_finite(accelerator, "polar", value, lambda healthy: bound_polar(healthy, JORDAN, torch.float32))
 
 
 @requires(level=1, must="polar of no steps is the matrix divided by its norm, and coefficients are taken one a step.")

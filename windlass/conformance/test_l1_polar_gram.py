@@ -11,15 +11,15 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Accelerator
 from windlass.accelerator.polar import COEFFICIENTS, Coefficients, plan_restarts
-from windlass.conformance.allocations import assert_same_bits, bring, dtype_named
-from windlass.conformance.kernel_runs import each_implementation, run_polar
+from windlass.conformance.allocations import bring, dtype_named
+from windlass.conformance.kernel_runs import each_implementation
 from windlass.conformance.plugin import Measure
-from windlass.conformance.polar_cases import bound_polar_gram, make_matrices
+from windlass.conformance.polar_cases import PolarBounds, bound_polar_gram, make_matrices
+from windlass.conformance.polar_runs import JORDAN, check_not_finite, check_polar, check_zeros
 from windlass.conformance.requirements import requires
 
 SET = pytest.mark.parametrize("coefficients", COEFFICIENTS)
 PRODUCT = pytest.mark.parametrize("product", ["float32", "float16"])
-JORDAN = COEFFICIENTS["jordan"]
 
 
 def check_bounds(
@@ -33,16 +33,7 @@ def check_bounds(
     """Compare every implementation with the tolerance of the schema, matrix by matrix, and note the worst."""
     restarts = plan_restarts(coefficients, torch.finfo(product_dtype).eps)
     bounds = bound_polar_gram(stack, coefficients, product_dtype, restarts)
-    with each_implementation(accelerator, "polar_gram") as turns:
-        for implementation, polar_gram in turns:
-            found = run_polar(accelerator, polar_gram, stack, coefficients, product_dtype).double().numpy()
-            errors = np.sqrt(((found - bounds.wanted) ** 2).sum((-2, -1)))
-            shares = np.where(errors == 0, 0, errors / np.maximum(bounds.allowed, 1e-300))
-            measure(
-                "kernel", name="polar_gram", implementation=implementation, case=case, error=float(shares.max()),
-                bound=1.0, unit="of the allowed error",
-            )  # fmt: skip
-            assert (shares <= 1).all(), f"{implementation}, {case}: shares of what is allowed are {shares}"
+    check_polar(accelerator, measure, "polar_gram", case, stack, bounds, coefficients, product_dtype)
 
 
 @requires(
@@ -123,17 +114,7 @@ def test_restarts(accelerator: Accelerator) -> None:
     since="1.1",
 )
 def test_zeros(accelerator: Accelerator) -> None:
-    stack = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(7))
-    stack[0], stack[1, 4:], stack[2, :, 11:] = 0, 0, 0
-    empty = torch.zeros(0, 9, 14)
-    with each_implementation(accelerator, "polar_gram") as turns:
-        for implementation, polar_gram in turns:
-            found = run_polar(accelerator, polar_gram, stack, JORDAN)
-            for part in (found[0], found[1, 4:], found[2, :, 11:]):
-                assert torch.equal(part, torch.zeros_like(part)), f"{implementation}: zeros do not stay zeros"
-            norms = found[1:].square().sum((-2, -1)).sqrt()
-            assert (norms > 1).all(), f"{implementation}: what is beside the zeros has norms {norms.tolist()}"
-            assert_same_bits(run_polar(accelerator, polar_gram, empty, JORDAN), empty, implementation)
+    check_zeros(accelerator, "polar_gram", torch.float32)
 
 
 @requires(
@@ -141,12 +122,7 @@ def test_zeros(accelerator: Accelerator) -> None:
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_not_finite(accelerator: Accelerator, value: float) -> None:
-    stack = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(8))
-    stack[1, 7, 3] = value
-    bounds = bound_polar_gram(stack[[0, 2]], JORDAN, torch.float32, ())
-    with each_implementation(accelerator, "polar_gram") as turns:
-        for implementation, polar_gram in turns:
-            found = run_polar(accelerator, polar_gram, stack, JORDAN)
-            assert found[1].isnan().all(), f"{implementation}: a matrix with {value} is not nan everywhere"
-            errors = np.sqrt(((found[[0, 2]].double().numpy() - bounds.wanted) ** 2).sum((-2, -1)))
-            assert (errors <= bounds.allowed).all(), f"{implementation}: its neighbours are off by {errors}"
+    def find_bounds(healthy: Tensor) -> PolarBounds:
+        return bound_polar_gram(healthy, JORDAN, torch.float32, ())
+
+    check_not_finite(accelerator, "polar_gram", value, find_bounds)
