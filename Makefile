@@ -10,7 +10,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-triton test-cuda test-xla lint mutants bench-gpu bench-peers clean
+.PHONY: help train test test-slow test-triton test-cuda test-xla test-xla-backend test-xla-levels lint mutants bench-gpu bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -107,11 +107,17 @@ bench-gpu: $(GPU_INSTALLED)
 
 # Most of its time goes into compiling, on every rank anew: XLA's CPU cannot keep programs for the next process. Without
 # optimisation that takes half as long. Kernels are tested with it too, since it decides how products and sums are rounded.
-test-xla: export PJRT_DEVICE ?= CPU
-test-xla: export XLA_FLAGS ?= --xla_backend_optimization_level=0
-test-xla: $(XLA)/.installed
+# Its parts may run side by side (make -j2), each being slow for its own reasons.
+test-xla: test-xla-backend test-xla-levels
+
+test-xla-backend test-xla-levels: export PJRT_DEVICE ?= CPU
+test-xla-backend test-xla-levels: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+
+test-xla-backend: $(XLA)/.installed
 	$(XLA_BIN)/python -m pytest -q tests/xla
 	env -u XLA_FLAGS $(XLA_BIN)/windlass conform --accelerator xla --level 1 -k test_l1
+
+test-xla-levels: $(XLA)/.installed
 	$(XLA_BIN)/windlass conform --accelerator xla --level 3 $(if $(REPORT),--report $(REPORT))
 
 lint: $(VENV)/.installed-develop

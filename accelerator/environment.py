@@ -40,6 +40,8 @@ class Environment:
     """PJRT_DEVICE: the client through which torch_xla reaches its device, CPU or TPU; empty: it is chosen."""
     visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES: the GPUs that the driver shows to this process, "" for none; None: all."""
+    cache_home: str = ""
+    """XDG_CACHE_HOME: where programs keep what they can make again; empty: ~/.cache."""
     debug: bool = False
     """WINDLASS_DEBUG: whether to make costly checks, such as comparing the ranks' programs before they are run."""
 
@@ -69,6 +71,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         tpu_library_path=source.get("TPU_LIBRARY_PATH", "").strip(),
         pjrt_device=source.get("PJRT_DEVICE", "").strip(),
         visible_devices=source.get("CUDA_VISIBLE_DEVICES"),
+        cache_home=source.get("XDG_CACHE_HOME", ""),
         debug=_switch(source, "WINDLASS_DEBUG"),
     )
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from windlass.accelerator.interface import Accelerator
 from windlass.core.exchange import gather_json
 from windlass.core.plan import Region
 from windlass.core.specs import dtype_from_name, dtype_name
-from windlass.core.state import MOMENTS, WEIGHT, ModelState
+from windlass.core.state import WEIGHT, ModelState
 
 logger = logging.getLogger("windlass")
 
@@ -100,9 +100,10 @@ def load_checkpoint(directory: Path, tag: str | None, state: ModelState) -> dict
     for entry in manifest["tensors"]:
         boxes.setdefault((entry["name"], entry["key"]), []).append(entry)
     _check_fit(boxes, state, path)
+    _tell_of_new_state(boxes, state, path)
     for region in state.plan.regions:
         for placement in region.placements:
-            for key in (WEIGHT, *MOMENTS) if region.trainable else (WEIGHT,):
+            for key in (WEIGHT, *state.moment_keys(region)):
                 found = boxes.get((placement.name, key))
                 if found is not None:
                     state.write(placement.name, key, _read(path, found, _needed(state, region, key), placement.start))
@@ -182,7 +183,7 @@ def _region_values(state: ModelState, region: Region) -> Iterator[tuple[str, Ten
         return
     first = state.owned_bounds(region)[0]
     yield WEIGHT, state.owned_fp32(region), first
-    for key in MOMENTS:
+    for key in state.moment_keys(region):
         yield key, state.moments[region.name][key], first
 
 
@@ -202,6 +203,23 @@ def _check_fit(boxes: dict[tuple[str, str], list[dict[str, Any]]], state: ModelS
     for name, shape in wanted.items():
         if saved[name] != shape:
             raise ValueError(f"checkpoint {path} has {name!r} of shape {saved[name]}, the model wants {shape}")
+
+
+def _tell_of_new_state(boxes: Mapping[tuple[str, str], object], state: ModelState, path: Path) -> None:
+    """Parameters may have changed their optimizer: what it keeps begins at zero then, and their weights go on."""
+    missing = [
+        placement.name
+        for region in state.plan.regions
+        for placement in region.placements
+        if any((placement.name, key) not in boxes for key in state.moment_keys(region))
+    ]
+    if missing and state.group.rank == 0:
+        logger.info(
+            "checkpoint %s holds no state of this optimizer for %d parameters, %s first: it begins anew for them",
+            path,
+            len(missing),
+            missing[0],
+        )
 
 
 def _needed(state: ModelState, region: Region, key: str) -> tuple[int, int]:

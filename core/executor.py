@@ -17,7 +17,11 @@ from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.adamw import AdamWSettings
 from windlass.core.captured import Issuer
 from windlass.core.gradients import Gradients
+from windlass.core.muon import MuonSettings
+from windlass.core.muon_uniform import UniformMuonUpdate
+from windlass.core.muon_update import MuonUpdate
 from windlass.core.plan import Plan
+from windlass.core.qk_clip import QKClip
 from windlass.core.residency import Residency
 from windlass.core.scalars import LastSent
 from windlass.core.state import STALE_WEIGHTS, ModelState
@@ -55,6 +59,12 @@ class Executor:
             self.accelerator.collectives.publish(group)
         self._issuer = Issuer(accelerator, captures=plan.rules.issue == "captured")
         self._unscale = LastSent(accelerator)
+        self._muon: MuonUpdate | UniformMuonUpdate | None = None
+        if plan.muon is not None:
+            uniform = plan.rules.program == "uniform"
+            self._muon = UniformMuonUpdate(self.state) if uniform else MuonUpdate(self.state, self._issuer)
+        clips = plan.muon is not None and plan.muon.qk_clip is not None
+        self._qk_clip = QKClip(self.state, self._issuer) if clips else None
         self._statistics = StatisticsExchange(accelerator, group, list(plan.parameter_index))
         accelerator.streams.boundary()  # what was laid out is no part of the first step
 
@@ -121,7 +131,7 @@ class Executor:
 
     def step(
         self,
-        groups: Sequence[AdamWSettings],
+        groups: Sequence[AdamWSettings | MuonSettings],
         loss_scale: float,
         clip: float,  # largest norm; 0: no clipping
         loss: Tensor | None = None,  # this rank's, for the report
@@ -129,6 +139,8 @@ class Executor:
     ) -> Outcome:
         """Reduce, check, clip, update and publish. A collective."""
         self._require(Phase.ACCUMULATING, "take an optimizer step")
+        if self._qk_clip is not None:
+            self._qk_clip.require_fed(self.gradients.touched)
         self.phase = Phase.REDUCING
         if self.residency is not None:
             self.residency.settle()
@@ -154,6 +166,13 @@ class Executor:
         if touched:
             update = Update(self.state, self._issuer, groups, touched, unscale * verdict.factor, verdict.keep)
             update.apply(self.gradients.for_update)
+        # What is void needs no work where the host knows it; elsewhere ranks that have touched nothing join in too.
+        if uniform or (touched and outcome.read().finite):
+            if self._muon is not None:
+                self._muon.apply(groups, touched, unscale, verdict, self.gradients.for_update)
+            if self._qk_clip is not None:
+                self._qk_clip.apply(verdict.keep)
+        if touched:
             self.state.steps.advance(touched, verdict.keep if uniform else outcome.read().finite)
         if touched or uniform:  # a rank that has touched nothing must not leave the others alone in this
             self.share_weights()
@@ -222,6 +241,8 @@ class Executor:
         """Forget the gradients accumulated so far, on this rank."""
         self.micro_batches.clear()
         self.gradients.clear()
+        if self._qk_clip is not None:
+            self._qk_clip.forget()
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -242,6 +263,10 @@ class Executor:
         self.gradients.close()
         if self.residency is not None:
             self.residency.close()
+        if self._muon is not None:
+            self._muon.close()
+        if self._qk_clip is not None:
+            self._qk_clip.close()
         self._issuer.close()
         self.state.release()
         self.phase = Phase.CLOSED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class Handover:
 
 def take_over(state: ModelState) -> Handover:
     """Read all of it. A collective."""
-    values = {key: dict(state.named_values(key)) for key in (WEIGHT, *MOMENTS)}
+    values = {key: dict(state.named_values(key)) for key in (WEIGHT, *chain(*MOMENTS.values()))}
     return Handover(values, dict(state.steps))
 
 

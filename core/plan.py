@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from windlass.core.mesh import Mesh
+from windlass.core.muon_plan import MuonPlan
 
 PLAN_VERSION = 1
 ALIGNMENT = 64  # elements: 128 bytes of a two-byte dtype, so one layout serves every dtype
@@ -49,6 +50,7 @@ class Region:
     shard_numel: int
     num_shards: int
     gradient_dtype: str  # of the local gradient, before the reduction
+    algorithm: str = "adamw"  # or "muon"
 
     @property
     def numel(self) -> int:
@@ -112,11 +114,13 @@ class Prediction:
     boundary: tuple[Traffic, ...]
     persistent: Mapping[str, int]
     working: Mapping[str, int]
+    by_rank: tuple[tuple[Traffic, ...], ...] = ()  # of the boundary too: what is not the same on every rank
 
-    def step(self, micro_steps: int) -> dict[tuple[str, str], tuple[int, int]]:
-        """(kind, tag) -> (calls, bytes) of one whole optimizer step."""
+    def step(self, micro_steps: int, rank: int = 0) -> dict[tuple[str, str], tuple[int, int]]:
+        """(kind, tag) -> (calls, bytes) of one whole optimizer step. Ranks differ in what they exchange for Muon."""
         total: dict[tuple[str, str], tuple[int, int]] = {}
-        parts = [self.first_micro_step, *[self.micro_step] * (micro_steps - 1), self.boundary]
+        own = self.by_rank[rank] if self.by_rank else ()
+        parts = [self.first_micro_step, *[self.micro_step] * (micro_steps - 1), self.boundary, own]
         for traffic in (one for part in parts for one in part):
             calls, received = total.get((traffic.kind, traffic.tag), (0, 0))
             total[traffic.kind, traffic.tag] = (calls + traffic.calls, received + traffic.bytes)
@@ -141,6 +145,7 @@ class Plan:
     prediction: Prediction
     moment_dtype: str = "float32"
     noise_seed: int = 0  # of the rounding of moments of 16 bits
+    muon: MuonPlan | None = None
     version: int = PLAN_VERSION
     facts: Mapping[str, Any] = field(default_factory=dict)  # for people: model size, why something was chosen
 
@@ -150,6 +155,10 @@ class Plan:
         that depends on the rank would make the ranks' programs differ."""
         apart = self.rules.program == "uniform" and self.rules.update == "shard" and self.rules.weights == "resident"
         return apart and self.mesh.size("shard") > 1
+
+    def moment_dtype_of(self, region: Region) -> str:
+        """In which the optimizer's state of a region is kept."""
+        return self.muon.rules.momentum_dtype if self.muon and region.algorithm == "muon" else self.moment_dtype
 
     @cached_property
     def region_by_name(self) -> dict[str, Region]:

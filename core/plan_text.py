@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from windlass.core.muon_text import describe_muon
 from windlass.core.plan import Plan, Traffic
+from windlass.core.text_numbers import format_bytes, format_count
 
 _WEIGHTS = {
     "resident": "every rank holds all weights",
@@ -25,22 +27,13 @@ _AFTER = {
 }
 
 
-def format_bytes(size: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def render_plan(plan: Plan) -> str:
     """The text of `windlass plan` and of `print(engine.plan)`."""
     facts, rules = plan.facts, plan.rules
     shards = plan.mesh.size("shard")
     lines = [
-        f"Plan {plan.hash}: ZeRO stage {plan.stage}, {shards} rank{'s' if shards > 1 else ''}, {plan.precision}, "
-        f"{plan.gradient_accumulation_steps} micro-step{'s' if plan.gradient_accumulation_steps > 1 else ''} per step",
+        f"Plan {plan.hash}: ZeRO stage {plan.stage}, {format_count(shards, 'rank', 'ranks')}, {plan.precision}, "
+        f"{format_count(plan.gradient_accumulation_steps, 'micro-step', 'micro-steps')} per step",
     ]
     if facts:
         lines.append(
@@ -69,9 +62,12 @@ def render_plan(plan: Plan) -> str:
         ("boundary", plan.prediction.boundary),
     ):
         lines += _traffic(title, part)
+    lines += _differing_traffic(plan)
     if rules.buffers == "per_use" and plan.slot_bytes:
         largest = format_bytes(sum(plan.slot_bytes))
         lines.append(f"and, gathered at a time, up to {largest}")
+    if plan.muon is not None:
+        lines += describe_muon(plan, plan.muon)
     lines += ["", "Units, in forward order" + (", with their gather slot" if plan.slot_bytes else "")]
     for unit in plan.units:
         regions = [plan.region_by_name[name] for name in unit.regions]
@@ -90,7 +86,18 @@ def _describe_update(plan: Plan) -> str:
 
 def _traffic(title: str, part: Iterable[Traffic]) -> list[str]:
     rows = [
-        f"{one.kind} {one.tag}: {one.calls} call{'' if one.calls == 1 else 's'}, {format_bytes(one.bytes)}"
-        for one in part
+        f"{one.kind} {one.tag}: {format_count(one.calls, 'call', 'calls')}, {format_bytes(one.bytes)}" for one in part
     ]
     return [f"  {title:<18}{rows[0] if rows else 'nothing'}", *[f"  {'':<18}{row}" for row in rows[1:]]]
+
+
+def _differing_traffic(plan: Plan) -> list[str]:
+    """What ranks do not receive alike, at the boundary too."""
+    lines = []
+    for parts in zip(*plan.prediction.by_rank, strict=True):
+        sizes = [one.bytes for one in parts]
+        mean = format_bytes(sum(sizes) / len(sizes))
+        most = f" on average, {format_bytes(max(sizes))} at most" if max(sizes) > min(sizes) else ""
+        calls = format_count(parts[0].calls, "call", "calls")
+        lines.append(f"  {'':<18}{parts[0].kind} {parts[0].tag}: {calls}, {mean}{most}")
+    return lines

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from windlass.core.layout import LARGEST_JOINT, join_units, lay_out
 from windlass.core.mesh import Mesh
-from windlass.core.plan import ALIGNMENT, Placement, Plan, Prediction, Region, Rules, Traffic, Unit
+from windlass.core.muon import MuonRules
+from windlass.core.muon_plan import MuonPlan
+from windlass.core.muon_planner import BYTES, FormTable, MuonCosts, plan_muon, usual_costs
+from windlass.core.muon_uniform_planner import plan_muon_uniformly
+from windlass.core.plan import Plan, Prediction, Region, Rules, Traffic, Unit
+from windlass.core.qk_clip_plan import QKClipPlan
 from windlass.core.slots import SlotTable, assign_slots, simulate_pass
 from windlass.core.specs import ParamSpec, UnitSpec
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RULES = {
     0: Rules(reduce_at="boundary", weights="resident", update="replicated", after_update="nothing"),
     1: Rules(reduce_at="boundary", weights="resident", update="shard", after_update="all_gather"),
@@ -39,6 +45,9 @@ class PlanSettings:
     capture_update: bool = False  # record the update once and replay it; not with a uniform program, nor without views
     moment_dtype: str = "float32"  # or bfloat16, rounded stochastically
     seed: int = 0  # of that rounding
+    muon: MuonRules | None = None  # for the parameters whose specs say so
+    muon_costs: MuonCosts | None = None  # None: what machines that multiply in the dtype of its rules usually have
+    qk_clip: QKClipPlan | None = None  # with muon only
 
 
 def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh, settings: PlanSettings) -> Plan:
@@ -50,7 +59,25 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         program="uniform" if settings.uniform_program else "free",
         issue="captured" if settings.capture_update else "anew",
     )
-    regions = _lay_out(specs, units, mesh.size("shard"), settings, rules)
+    shards, table = mesh.size("shard"), FormTable(settings.muon or MuonRules())
+    if settings.muon is not None and rules.weights == "resident":
+        most = math.inf if rules.reduce_at == "boundary" else LARGEST_JOINT  # gradients wait for each other anyway
+        specs, units = join_units(specs, units, shards, settings.uniform_program, most)
+    regions = lay_out(
+        specs,
+        units,
+        shards,
+        frozen=rules.weights == "gathered",
+        uniform=settings.uniform_program,
+        gradient_dtype=lambda dtype: _gradient_dtype(dtype, settings, rules),
+        cost=table.cost,
+    )
+    muon = None
+    if settings.muon is not None:
+        plan_matrices = plan_muon_uniformly if settings.uniform_program else plan_muon
+        costs = settings.muon_costs or usual_costs(settings.muon)
+        muon = plan_matrices(specs, regions, table, settings.muon, rules, costs)
+        muon = replace(muon, qk_clip=settings.qk_clip)
     of_unit: dict[str, list[Region]] = defaultdict(list)
     for region in regions:
         of_unit[region.unit].append(region)
@@ -68,6 +95,8 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         largest = max((_gradient_bytes(of_unit[u.name]) for u in present), default=0)
         reduce_slot_bytes = (largest,) * min(REDUCE_SLOTS, len(present))
     prediction = _predict(regions, present, slot_of, settings, rules, sum(slot_bytes), sum(reduce_slot_bytes))
+    if muon is not None:
+        prediction = _with_muon(prediction, muon, regions, rules)
     _check_budget(prediction, settings)
     return Plan(
         stage=settings.stage,
@@ -83,7 +112,8 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         reduce_slot_bytes=reduce_slot_bytes,
         prediction=prediction,
         moment_dtype=settings.moment_dtype,
-        noise_seed=settings.seed if settings.moment_dtype != "float32" else 0,
+        noise_seed=settings.seed if _rounds_moments(settings) else 0,
+        muon=muon,
         facts=_facts(specs, regions),
     )
 
@@ -104,47 +134,17 @@ def _check(specs: Sequence[ParamSpec], mesh: Mesh, settings: PlanSettings) -> No
         raise ValueError(
             f"hybrid sharding (a replicate axis of {mesh.size('replicate')}) is not there yet; use one shard axis"
         )
+    if settings.muon is not None and not any(spec.trainable and spec.algorithm == "muon" for spec in specs):
+        raise ValueError(
+            f"Muon was chosen, but none of the model's {len(specs)} parameters is a matrix that it is for; choose "
+            "AdamW, or name parameters in muon.roles"
+        )
     for spec in specs:
         if spec.dtype not in BYTES:
             raise ValueError(
                 f"parameter {spec.name!r} has dtype {spec.dtype}, which cannot be trained here; cast the model to "
                 f"one of {', '.join(BYTES)}, for example with model.float()"
             )
-
-
-def _lay_out(
-    specs: Sequence[ParamSpec], units: Sequence[UnitSpec], shards: int, settings: PlanSettings, rules: Rules
-) -> tuple[Region, ...]:
-    """One region per unit, dtype and trainability; parameters in order of group, then of definition."""
-    order = {unit.name: index for index, unit in enumerate(units)}
-    buckets: dict[tuple[str, str, bool], list[ParamSpec]] = defaultdict(list)
-    for spec in specs:
-        # Frozen weights have no state to shard; only where all weights are sharded do they need a region.
-        if spec.tied_to is None and (spec.trainable or rules.weights == "gathered"):
-            buckets[spec.unit, spec.dtype, spec.trainable].append(spec)
-    regions = []
-    for (unit, dtype, trainable), members in sorted(
-        buckets.items(), key=lambda item: (order[item[0][0]], item[0][1], not item[0][2])
-    ):
-        placements, position = [], 0
-        for spec in sorted(members, key=lambda one: one.group):
-            placements.append(Placement(spec.name, position, spec.shape, spec.group))
-            position += -(-spec.numel // ALIGNMENT) * ALIGNMENT
-        shard = -(-position // (shards * ALIGNMENT)) * ALIGNMENT
-        suffix = "" if trainable else "/frozen"
-        regions.append(
-            Region(
-                name=f"{unit or 'root'}/{dtype}{suffix}",
-                unit=unit,
-                dtype=dtype,
-                trainable=trainable,
-                placements=tuple(placements),
-                shard_numel=shard,
-                num_shards=shards,
-                gradient_dtype=_gradient_dtype(dtype, settings, rules),
-            )
-        )
-    return tuple(regions)
 
 
 def _gradient_dtype(dtype: str, settings: PlanSettings, rules: Rules) -> str:
@@ -222,7 +222,7 @@ def _persistent(
     memory = {
         "weights": sum((r.numel if whole else r.shard_numel) * BYTES[r.dtype] for r in regions),
         "master": sum(owned[r.name] * 4 for r in trainable if r.dtype != "float32" or (apart and r.num_shards > 1)),
-        "optimizer": sum(owned[r.name] * 2 * BYTES[settings.moment_dtype] for r in trainable),
+        "optimizer": sum(owned[r.name] * _moment_bytes(r, settings) for r in trainable),
     }
     if rules.buffers == "kept":
         memory |= _gradient_buffers(trainable, rules)
@@ -231,6 +231,47 @@ def _persistent(
     if rules.issue == "captured" and rules.update == "shard":
         memory["reduced"] = 4 * sum(r.shard_numel for r in trainable if not _sum_lies_inside(r, rules))
     return {tag: size for tag, size in memory.items() if size}
+
+
+def _rounds_moments(settings: PlanSettings) -> bool:
+    """Whether some of the optimizer's state has 16 bits."""
+    dtypes = {settings.moment_dtype} | ({settings.muon.momentum_dtype} if settings.muon else set())
+    return dtypes != {"float32"}
+
+
+def _moment_bytes(region: Region, settings: PlanSettings) -> int:
+    """Optimizer state per element: Muon has a momentum only, AdamW two moments."""
+    if region.algorithm == "muon" and settings.muon is not None:
+        return BYTES[settings.muon.momentum_dtype]
+    return 2 * BYTES[settings.moment_dtype]
+
+
+def _with_muon(prediction: Prediction, muon: MuonPlan, regions: Sequence[Region], rules: Rules) -> Prediction:
+    """What Muon adds: the exchange, update inputs of what this rank holds, and what is on its way."""
+    costs = muon.prediction
+    by_rank = tuple(
+        (Traffic("all_gather" if rules.update == "replicated" else "all_to_all", "muon", costs.calls, received),)
+        for received in map(sum, zip(costs.inward, costs.outward, strict=True))
+        if costs.calls
+    )
+    maxima = []
+    if muon.qk_clip is not None:
+        maxima = [Traffic("all_reduce", "qk clip", 1, 4 * muon.qk_clip.heads * (regions[0].num_shards - 1))]
+    owned = sum(
+        region.numel if rules.update == "replicated" else region.shard_numel
+        for region in regions
+        if region.algorithm == "muon"
+    )
+    inputs = owned * BYTES[muon.rules.direction_dtype]
+    kept = {"muon": inputs} if rules.issue == "captured" else {}
+    passing = (costs.buffer_bytes or 4 * costs.wave_bytes) + (0 if kept else inputs)
+    return replace(
+        prediction,
+        boundary=(*prediction.boundary, *maxima),
+        by_rank=by_rank,
+        persistent={**prediction.persistent, **kept},
+        working={**prediction.working, "muon": passing},
+    )
 
 
 def _gradient_buffers(trainable: Sequence[Region], rules: Rules) -> dict[str, int]:

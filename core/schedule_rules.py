@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,13 @@ _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
 _WARMUP_TYPE = _Kind("'log' or 'linear'", lambda value: isinstance(value, str) and value in ("log", "linear"))
 
 
-def _is(kind: _Kind) -> dict[str, _Kind]:
+def _is(kind: _Kind) -> dict[str, object]:
     return {"kind": kind}
+
+
+def _rate(kind: _Kind) -> dict[str, object]:
+    """Of a field that is written into every group as it is, whatever its own rate was."""
+    return {"kind": kind, "rate": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,18 @@ class ScheduleRule(ABC):
         per group has another length than `base_lrs`.
         """
 
+    def for_ratios(self, ratios: Sequence[float]) -> ScheduleRule:
+        """The same schedule for groups whose rates stand in these ratios to the one rate for all that it was given;
+        what is given as a list stays as it is."""
+        if all(ratio == 1 for ratio in ratios):
+            return self
+        spread: dict[str, Any] = {
+            name: tuple(getattr(self, name) * ratio for ratio in ratios)
+            for name in rate_fields(type(self))
+            if isinstance(getattr(self, name), float)
+        }
+        return replace(self, **spread)
+
     def _spread(self, key: str, num_groups: int) -> tuple[float, ...]:
         """A `PerGroup` field as one value for each group."""
         value: PerGroup = getattr(self, key)
@@ -105,6 +122,18 @@ class ScheduleRule(ABC):
                 "give one number, or one for each group"
             )
         return value
+
+
+def rate_fields(kind: type[ScheduleRule]) -> list[str]:
+    """The keys whose values are learning rates for all groups."""
+    return [item.name for item in fields(kind) if item.metadata.get("rate")]
+
+
+def single_rates(kind: type[ScheduleRule], params: Mapping[str, object]) -> list[str]:
+    """Those of them that give one rate for all groups. 0 does not count: it is the same in any ratio."""
+    defaults = {item.name: item.default for item in fields(kind)}
+    values = {name: params.get(name, defaults[name]) for name in rate_fields(kind)}
+    return [name for name, value in values.items() if isinstance(value, int | float) and value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +159,8 @@ class _Warmup(ScheduleRule):
 class WarmupLR(_Warmup):
     """From `warmup_min_lr` to `warmup_max_lr` (None: each group's own lr), then constant."""
 
-    warmup_min_lr: PerGroup = field(default=0.0, metadata=_is(_NOT_NEGATIVE.per_group()))
-    warmup_max_lr: PerGroup | None = field(default=None, metadata=_is(_NOT_NEGATIVE.per_group().or_none()))
+    warmup_min_lr: PerGroup = field(default=0.0, metadata=_rate(_NOT_NEGATIVE.per_group()))
+    warmup_max_lr: PerGroup | None = field(default=None, metadata=_rate(_NOT_NEGATIVE.per_group().or_none()))
 
     def _scale(self, iteration: int) -> float:
         """How far between the lower (0) and the upper (1) rate an iteration stands."""
@@ -149,7 +178,7 @@ class WarmupDecayLR(WarmupLR):
     """As WarmupLR, then linearly down, reaching `warmup_min_lr` at iteration `total_num_steps`."""
 
     total_num_steps: int = field(metadata=_is(whole_number(1)))
-    warmup_max_lr: PerGroup | None = field(default=0.001, metadata=_is(_NOT_NEGATIVE.per_group().or_none()))
+    warmup_max_lr: PerGroup | None = field(default=0.001, metadata=_rate(_NOT_NEGATIVE.per_group().or_none()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,8 +233,8 @@ class OneCycle(ScheduleRule):
     decay.
     """
 
-    cycle_min_lr: PerGroup = field(metadata=_is(_NOT_NEGATIVE.per_group()))
-    cycle_max_lr: PerGroup = field(metadata=_is(_NOT_NEGATIVE.per_group()))
+    cycle_min_lr: PerGroup = field(metadata=_rate(_NOT_NEGATIVE.per_group()))
+    cycle_max_lr: PerGroup = field(metadata=_rate(_NOT_NEGATIVE.per_group()))
     decay_lr_rate: float = field(default=0.0, metadata=_is(_NOT_NEGATIVE))
     cycle_first_step_size: int = field(default=2000, metadata=_is(whole_number(1)))
     cycle_second_step_size: int | None = field(default=None, metadata=_is(whole_number(0).or_none()))
@@ -251,7 +280,7 @@ class OneCycle(ScheduleRule):
 class LRRangeTest(ScheduleRule):
     """Growth by `lr_range_test_step_rate` times the first rate in every `lr_range_test_step_size` steps."""
 
-    lr_range_test_min_lr: PerGroup = field(default=0.001, metadata=_is(_NOT_NEGATIVE.per_group()))
+    lr_range_test_min_lr: PerGroup = field(default=0.001, metadata=_rate(_NOT_NEGATIVE.per_group()))
     lr_range_test_step_size: int = field(default=2000, metadata=_is(whole_number(1)))
     lr_range_test_step_rate: float = field(default=1.0, metadata=_is(_NOT_NEGATIVE))
     lr_range_test_staircase: bool = field(default=False, metadata=_is(_BOOLEAN))

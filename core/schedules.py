@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-from windlass.core.schedule_rules import SCHEDULES, GroupValues, ScheduleRule, whole_number
+from windlass.core.schedule_rules import SCHEDULES, GroupValues, ScheduleRule, single_rates, whole_number
 
-__all__ = ["SCHEDULES", "Schedule", "build_schedule"]
+__all__ = ["SCHEDULES", "Schedule", "build_schedule", "single_rates"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ class Schedule:
     """Writes a rule's values into an optimizer's parameter groups; used like a `torch.optim.lr_scheduler`.
 
     Starting values are written at once. A group's `lr` that is a tensor is filled in place, and `betas` are written
-    only to groups that have them.
+    only to groups that have them. A group may have an `lr_ratio`: a rate that the rule gives for all groups is
+    multiplied with it, one of a list for each group is not.
     """
 
     def __init__(self, optimizer: HasParamGroups, rule: ScheduleRule) -> None:
         self.optimizer = optimizer
-        self.rule = rule
+        self.rule = rule.for_ratios([float(group.get("lr_ratio", 1.0)) for group in optimizer.param_groups])
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.last_batch_iteration = -1
         values = self._write()

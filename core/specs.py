@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,30 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from windlass.core.roles import Role as Role  # a spec's users find it here
+from windlass.core.roles import find_roles
+
 # Containers whose forward is never called, or may be bypassed by indexing: their children are called instead.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Containers of bare parameters: what they hold is used by the module that owns them.
 _PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-
-
-class Role(enum.StrEnum):
-    """What a parameter is for; optimizers choose by role."""
-
-    MATRIX = "matrix"
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    NORM = "norm"
-    BIAS = "bias"
-    ROUTER = "router"
-    CONV = "conv"
-    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -49,6 +31,7 @@ class ParamSpec:
     tied_to: str | None = None
     views: tuple[int, ...] = ()  # row splits of a fused matrix (q|k|v, gate|up); empty: one matrix
     group: int = 0  # index of the optimizer group
+    algorithm: str = "adamw"  # or "muon": what updates it
 
     @property
     def numel(self) -> int:
@@ -133,21 +116,6 @@ def _unit_parameters(found: _Found) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{prefix}{child_name}.{name}", parameter
 
 
-def _role_of(owner: nn.Module, leaf: str, parameter: nn.Parameter, vocabularies: frozenset[int]) -> Role:
-    if leaf == "bias":
-        return Role.NORM if isinstance(owner, _NORMS) else Role.BIAS
-    if isinstance(owner, _NORMS):
-        return Role.NORM
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        return Role.EMBEDDING
-    if isinstance(owner, _CONVOLUTIONS):
-        return Role.CONV
-    if isinstance(owner, nn.Linear):
-        # A Linear onto as many outputs as there are tokens is the head, tied or not.
-        return Role.HEAD if owner.out_features in vocabularies else Role.MATRIX
-    return Role.MATRIX if isinstance(owner, nn.MultiheadAttention) and parameter.dim() == 2 else Role.OTHER
-
-
 def describe_model(
     module: nn.Module, groups: Mapping[int, int] | None = None, *, dtype: str | None = None
 ) -> tuple[tuple[ParamSpec, ...], tuple[UnitSpec, ...]]:
@@ -157,14 +125,13 @@ def describe_model(
     (None: one group of all). The ids are used here only: everything behind this function goes by name. `dtype` is
     what floating parameters will be cast to.
     """
-    vocabularies = frozenset(m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding))
+    roles = find_roles(module)
     owners: dict[int, str] = {}
     specs: list[ParamSpec] = []
     unit_of: dict[str, str] = {}
     found_units = list(_walk(module, "", repeated=False))
     readers: dict[str, list[str]] = {found.path: [found.path] for found in found_units}
     shared: set[str] = set()
-    modules = dict(module.named_modules(remove_duplicate=False))
     for found in found_units:
         for name, parameter in _unit_parameters(found):
             canonical = owners.setdefault(id(parameter), name)
@@ -172,14 +139,12 @@ def describe_model(
             if unit != found.path:
                 readers[unit].append(found.path)
                 shared.add(unit)
-            path, _, leaf = name.rpartition(".")
-            owner = modules.get(path, module)
             specs.append(
                 ParamSpec(
                     name=name,
                     shape=tuple(parameter.shape),
                     dtype=_planned_dtype(parameter, dtype),
-                    role=_role_of(owner, leaf, parameter, vocabularies),
+                    role=roles[name],
                     unit=unit,
                     trainable=parameter.requires_grad and (groups is None or id(parameter) in groups),
                     tied_to=None if canonical == name else canonical,
@@ -192,7 +157,6 @@ def describe_model(
         if name not in known:
             first = next(spec for spec in specs if spec.name == owners[id(parameter)])
             specs.append(replace(first, name=name, tied_to=first.name))
-    specs = _mark_tied_heads(specs)
     owning = {spec.unit for spec in specs if spec.tied_to is None}
     units = tuple(
         UnitSpec(found.path, tuple(dict.fromkeys(readers[found.path])), spans=not found.whole or found.path in shared)
@@ -200,12 +164,3 @@ def describe_model(
         if found.path in owning
     )
     return tuple(specs), units
-
-
-def _mark_tied_heads(specs: list[ParamSpec]) -> list[ParamSpec]:
-    """A tied embedding and head are one parameter; the owner keeps the embedding's role, the alias says head."""
-    roles = {spec.name: spec.role for spec in specs}
-    for spec in specs:
-        if spec.tied_to is not None and spec.role is Role.MATRIX and roles[spec.tied_to] is Role.EMBEDDING:
-            roles[spec.name] = Role.HEAD
-    return [replace(spec, role=roles[spec.name]) for spec in specs]

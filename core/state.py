@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from windlass.accelerator.interface import Accelerator, Group
 from windlass.core.materialize import materialize_modules, move_parameter
+from windlass.core.muon import MOMENTUM
 from windlass.core.plan import Placement, Plan, Region
 from windlass.core.specs import dtype_from_name, dtype_name
 from windlass.core.step_counts import DeviceStepCounts, HostStepCounts, StepCounts
@@ -16,7 +17,10 @@ from windlass.core.step_counts import DeviceStepCounts, HostStepCounts, StepCoun
 WEIGHT = "weight"
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
-MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+MOMENTS = {"adamw": (EXP_AVG, EXP_AVG_SQ), "muon": (MOMENTUM,)}
+"""What each algorithm keeps of the gradients, by the names that checkpoints have them under."""
+Ranges = tuple[tuple[int, int], ...]
+"""Elements [start, stop) of a region, several times."""
 STALE_WEIGHTS = (
     "a backward pass reached weights that an optimizer step has changed since the forward pass; call backward before "
     "step, or run the forward pass again"
@@ -44,7 +48,7 @@ class ModelState:
         self.parameters: dict[str, nn.Parameter] = {}
         self.resident = plan.rules.weights == "resident"
         self._poison: dict[torch.dtype, Tensor] = {}
-        self._masks: dict[str, dict[frozenset[str], Tensor]] = {}  # by region: those that its last update took
+        self._masks: dict[tuple[str, str], dict[Ranges, Tensor]] = {}  # by region and use: those that were used last
         for unit in plan.units:  # one at a time: a sharded model never exists whole
             regions = [plan.region_by_name[name] for name in unit.regions]
             names = [placement.name for region in regions for placement in region.placements]
@@ -109,9 +113,10 @@ class ModelState:
             owned = whole if self.plan.rules.update == "replicated" else shard
             if region.dtype != "float32" or self.plan.shards_apart:
                 self.master[region.name] = memory.empty((owned.numel(),), torch.float32, tag="master").copy_(owned)
-            moment_dtype = dtype_from_name(self.plan.moment_dtype)
+            moment_dtype = dtype_from_name(self.plan.moment_dtype_of(region))
             self.moments[region.name] = {
-                key: memory.empty((owned.numel(),), moment_dtype, tag="optimizer").zero_() for key in MOMENTS
+                key: memory.empty((owned.numel(),), moment_dtype, tag="optimizer").zero_()
+                for key in MOMENTS[region.algorithm]
             }
         for placement in region.placements:
             parameter = self.parameters[placement.name]
@@ -188,21 +193,20 @@ class ModelState:
                 for placement in region.placements:
                     self.bind(placement, self.weights[region.name])
 
-    def masks(self, region: Region, choices: Sequence[frozenset[str]]) -> list[Tensor]:
-        """[elements owned] bool on the device for each choice of names: those of the named parameters. Data and no
-        offsets, so that they are no part of the program."""
-        known = self._masks.get(region.name, {})
-        self._masks[region.name] = {
-            names: known[names] if names in known else self._make_mask(region, names) for names in choices
+    def masks(self, region: Region, use: str, choices: Sequence[Ranges]) -> list[Tensor]:
+        """[elements owned] bool on the device for each choice of elements of the region. Data and no offsets, so that
+        they are no part of the program. Kept until the same use of the region asks for others."""
+        known = self._masks.get((region.name, use), {})
+        self._masks[region.name, use] = {
+            ranges: known[ranges] if ranges in known else self._make_mask(region, ranges) for ranges in choices
         }
-        return list(self._masks[region.name].values())
+        return [self._masks[region.name, use][ranges] for ranges in choices]
 
-    def _make_mask(self, region: Region, names: frozenset[str]) -> Tensor:
+    def _make_mask(self, region: Region, ranges: Ranges) -> Tensor:
         first, stop = self.owned_bounds(region)
         mask = torch.zeros(stop - first, dtype=torch.bool)
-        for placement in region.placements:
-            if placement.name in names:
-                mask[max(placement.start - first, 0) : max(placement.stop - first, 0)] = True
+        for start, end in ranges:
+            mask[max(start - first, 0) : max(end - first, 0)] = True
         return mask.to(self.accelerator.device)
 
     # -- logical values ----------------------------------------------------------------------------------------
@@ -216,12 +220,17 @@ class ModelState:
         return whole
 
     def named_values(self, key: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, host fp32 tensor in logical shape) of every parameter for `weight` or a moment. A collective."""
+        """(name, host fp32 tensor in logical shape) of every parameter that has a `key`: `weight` or a moment. A
+        collective."""
         for region in self.plan.regions:
-            if key == WEIGHT or region.trainable:
+            if key == WEIGHT or key in self.moment_keys(region):
                 whole = self._whole_on_host(region, key)
                 for placement in region.placements:
                     yield placement.name, whole[placement.start : placement.stop].view(placement.shape).clone()
+
+    def moment_keys(self, region: Region) -> tuple[str, ...]:
+        """What is kept of the region's gradients."""
+        return MOMENTS[region.algorithm] if region.trainable else ()
 
     def read(self, name: str, key: str) -> Tensor:
         """One parameter's weight or moment: host, fp32, logical shape. A collective."""
@@ -250,7 +259,7 @@ class ModelState:
             _write_part(self.weights[region.name], bounds, placement, flat)
             if region.name in self.master:
                 _write_part(self.master[region.name], self.owned_bounds(region), placement, flat)
-        elif region.trainable:
+        elif key in self.moment_keys(region):
             _write_part(self.moments[region.name][key], self.owned_bounds(region), placement, flat)
 
     def release(self) -> None:

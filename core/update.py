@@ -1,13 +1,7 @@
-"""The update of what this rank owns: all of it in one kernel call, or, where programs are uniform, region by region.
-
-[Note: noise] Moments of 16 bits are rounded by noise that a hash makes of a seed and of an element's place in its
-region. The seed holds the run's seed, the region and the parameter's count of updates, all of which a checkpoint
-restores: the bits depend on neither the number of ranks, nor the stage, nor where a run was interrupted.
-"""
+"""The update of what this rank owns: all of it in one kernel call, or, where programs are uniform, region by region."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +10,12 @@ from torch import Tensor
 
 from windlass.core.adamw import AdamWSettings, Stretch, find_stretches, scalars_for, scalars_on_device
 from windlass.core.captured import Issuer
-from windlass.core.plan import Plan, Region
+from windlass.core.muon import MuonSettings
+from windlass.core.noise_seeds import make_noise_seed
+from windlass.core.plan import Region
 from windlass.core.state import EXP_AVG, EXP_AVG_SQ, ModelState
 
 _Given = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight fp32, exp_avg, exp_avg_sq, low-precision weight or None
-_COUNT_BITS = 32  # of the seed of noise; the region has the 31 above them
 
 
 @dataclass(frozen=True)
@@ -32,6 +27,9 @@ class _Call:
     with_low: tuple[bool, ...]
 
 
+_OTHER = AdamWSettings(lr=0.0)  # in the place of groups that other algorithms update
+
+
 class Update:
     """One update; `gradient_of` gives the gradient of `state.owned_bounds(region)`."""
 
@@ -39,26 +37,30 @@ class Update:
         self,
         state: ModelState,
         issuer: Issuer,
-        groups: Sequence[AdamWSettings],
+        groups: Sequence[AdamWSettings | MuonSettings],
         touched: set[str],
         gradient_scale: Tensor,
         keep: Tensor,
     ) -> None:
         self._state = state
         self._issuer = issuer
-        self._groups = groups
+        self._groups = [one if isinstance(one, AdamWSettings) else _OTHER for one in groups]
         self._touched = touched
         self._gradient_scale = gradient_scale
         self._keep = keep
-        self._trainable = [region for region in state.plan.regions if region.trainable]
+        self._regions = [  # with their place among the trainable ones
+            (index, region)
+            for index, region in enumerate(one for one in state.plan.regions if one.trainable)
+            if region.algorithm == "adamw"
+        ]
         self._narrow = state.plan.moment_dtype != "float32"
         self._scalars: dict[tuple[int, int], Tensor] = {}  # by group and cohort, where programs are uniform
 
     def apply(self, gradient_of: Callable[[Region], Tensor]) -> None:
         """Update everything that was touched."""
         if self._state.plan.rules.program == "uniform":
-            for region in self._trainable:
-                self._select(region, gradient_of(region), self._given(region))
+            for index, region in self._regions:
+                self._select(index, region, gradient_of(region), self._given(region))
         else:
             self._update_stretches(gradient_of)
 
@@ -72,7 +74,7 @@ class Update:
         """The stretches of all regions in one call, their numbers in one vector that goes to the device once."""
         found = [
             (index, region, stretch)
-            for index, region in enumerate(self._trainable)
+            for index, region in self._regions
             for stretch in find_stretches(region, self._state.owned_bounds(region), self._state.steps, self._touched)
         ]
         found.sort(key=lambda one: not self._groups[one[2].group].decoupled)  # one call for each, the order within kept
@@ -90,7 +92,7 @@ class Update:
         ]
         if self._narrow:
             noise = [
-                [_noise_seed(self._state.plan, index) + self._count(stretch.cohort), stretch.start]
+                [make_noise_seed(self._state.plan, index) + self._count(stretch.cohort), stretch.start]
                 for index, _, stretch in found
             ]
             tensors.append(self._issuer.keep("noise", torch.tensor(noise, dtype=torch.int64)))
@@ -146,25 +148,28 @@ class Update:
 
     # -- where programs must be equal on all ranks -------------------------------------------------------------
 
-    def _select(self, region: Region, gradient: Tensor, given: _Given) -> None:
+    def _select(self, index: int, region: Region, gradient: Tensor, given: _Given) -> None:
         """A call over all of the owned part for each group and cohort, from which a mask takes what it is for. Most
         regions have one of each, and need no mask."""
         placements = [(one, (one.group, self._state.steps.cohort(one.name))) for one in region.placements]
         kinds = sorted({kind for one, kind in placements if one.name in self._touched})
         untouched = [one for one in region.placements if one.name not in self._touched and one.numel]
         if len(kinds) == 1 and not untouched:
-            _write(given, self._call(*kinds[0], region, gradient, given))
+            _write(given, self._call(*kinds[0], index, region, gradient, given))
             return
         selected = given
-        names = [frozenset(one.name for one, own in placements if own == kind) & self._touched for kind in kinds]
-        for kind, mask in zip(kinds, self._state.masks(region, names), strict=True):
+        ranges = [
+            tuple((one.start, one.stop) for one, own in placements if own == kind and one.name in self._touched)
+            for kind in kinds
+        ]
+        for kind, mask in zip(kinds, self._state.masks(region, "update", ranges), strict=True):
             weight, exp_avg, exp_avg_sq, low = given
             copies = (weight.clone(), exp_avg.clone(), exp_avg_sq.clone(), None if low is None else low.clone())
-            after = self._call(*kind, region, gradient, copies)
+            after = self._call(*kind, index, region, gradient, copies)
             selected = _choose(mask, after, selected)
         _write(given, selected)
 
-    def _call(self, group: int, cohort: int, region: Region, gradient: Tensor, given: _Given) -> _Given:
+    def _call(self, group: int, cohort: int, index: int, region: Region, gradient: Tensor, given: _Given) -> _Given:
         state, settings = self._state, self._groups[group]
         count = state.steps.next_count(cohort)
         assert isinstance(count, Tensor)
@@ -179,18 +184,12 @@ class Update:
         if not self._narrow:
             results = kernels["adamw"](*vectors, decoupled=settings.decoupled)
             return results
-        seed = _noise_seed(state.plan, self._trainable.index(region))
+        seed = make_noise_seed(state.plan, index)
         # Where the owned part begins depends on the rank, so it is data and no part of the program.
         place = torch.tensor([seed, state.owned_bounds(region)[0]], dtype=torch.int64).to(count.device)
         noise = torch.stack([place[0] + count.to(torch.int64), place[1]])
         results = kernels["adamw_bf16_moments"](*vectors, noise, decoupled=settings.decoupled)
         return results
-
-
-def _noise_seed(plan: Plan, region: int) -> int:
-    """The seed of a region's noise, to which the count of updates is added; regions of a plan have different ones."""
-    run = zlib.crc32(str(plan.noise_seed).encode())
-    return ((run + region) % (1 << 31)) << _COUNT_BITS
 
 
 def _choose(mask: Tensor, after: _Given, before: _Given) -> _Given:

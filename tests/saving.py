@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,26 @@ def load(folder: str, stage: int, more: dict[str, Any], saved: dict[str, Any]) -
             assert torch.equal(torch.rand(4), saved["draws"])
         train_engine(engine, 2, first=3)
         return everything(engine)
+
+
+def load_for_another_optimizer(folder: str, stage: int, more: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What was loaded, and what was told about it."""
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("windlass")
+    with start(stage, **more) as engine:
+        level = logger.level
+        logger.addHandler(listener)
+        logger.setLevel(logging.INFO)
+        try:
+            engine.load_checkpoint(folder)
+        finally:
+            logger.removeHandler(listener)
+            logger.setLevel(level)
+        loaded = everything(engine)
+        train_engine(engine, 1, first=3)
+        return loaded, told
 
 
 def train_through(stage: int, more: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,11 @@ RULES: dict[str, Callable[[ast.Module], Iterator[tuple[int, str]]]] = {
     "imports a vendor module": find_imports_of(*VENDORS),
     "imports a bare folder name": find_imports_of("accelerator", "core"),
     "imports beyond the core's reach": find_imports_beyond(
-        "torch", "windlass.accelerator.interface", "windlass.accelerator.errors", "windlass.core"
+        "torch",
+        "windlass.accelerator.interface",
+        "windlass.accelerator.errors",
+        "windlass.accelerator.polar",
+        "windlass.core",
     ),
     "imports a framework at import time": find_imports_at_import_time,
     "uses a vendor's attribute": find_vendor_attributes,

@@ -34,6 +34,7 @@ ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="JSON file; DeepSpeed's keys are understood.")
 ]
 ModelOption = Annotated[str, typer.Option(help="Size of the built-in GPT: nano, tiny, small, gpt2.")]
+OptimizerOption = Annotated[str | None, typer.Option(help="adamw or muon.  [default: the configuration's, or adamw]")]
 AcceleratorOption = Annotated[str | None, typer.Option(help='Device to train on, as "cpu" or "cuda:1".')]
 
 
@@ -44,6 +45,7 @@ def train(
     ranks: Annotated[int | None, typer.Option(help="Processes on this host.  [default: 1]")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     model: ModelOption = "tiny",
+    optimizer: OptimizerOption = None,
     text: Annotated[Path | None, typer.Option(help="A text, or a folder of .txt files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/MODEL-TIME]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and samples.")] = None,
@@ -82,6 +84,7 @@ def train(
             seed=seed,
             resume=resume,
             save_every=save_every,
+            optimizer=optimizer,
         )
         with unsaid_messages():  # the ranks will say them
             resolved = check_options(options, num_ranks)
@@ -139,6 +142,7 @@ def run(
 def plan(
     config: ConfigArgument = None,
     model: ModelOption = "tiny",
+    optimizer: OptimizerOption = None,
     ranks: Annotated[int, typer.Option(help="Ranks to plan for.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and the configuration as JSON.")] = False,
 ) -> None:
@@ -151,7 +155,7 @@ def plan(
         from windlass.recipe import show_messages
 
         show_messages()
-        resolved = _plan_config(config, model, ranks)
+        resolved = _plan_config(config, model, ranks, optimizer)
         import torch
 
         from windlass.models import build_model
@@ -272,12 +276,12 @@ def _decide_ranks(job: Job, ranks: int | None) -> int:
     return job.place.num_ranks
 
 
-def _plan_config(config: Path | None, model: str, ranks: int) -> Config:
+def _plan_config(config: Path | None, model: str, ranks: int, optimizer: str | None) -> Config:
     from windlass.models import find_shape
     from windlass.recipe import TrainOptions, resolve_config
 
     find_shape(model)
-    options = TrainOptions(out="", config=None if config is None else str(config), model=model)
+    options = TrainOptions(out="", config=None if config is None else str(config), model=model, optimizer=optimizer)
     if config is not None:
         return resolve_config(options, ranks)
     from windlass import open_accelerator  # whose fast dtypes decide where no configuration does

@@ -4,33 +4,24 @@
     config.train_micro_batch_size_per_gpu, config.zero_optimization.stage, config.optimizer.params.lr
 
 Reading is `config_source`, sorting the keys by what windlass does with them `config_keys` (over the tables of
-`deepspeed_keys` and `config_absent`), types and ranges `config_models`, the batch triangle `config_batch`.
+`deepspeed_keys` and `config_absent`), types and ranges `config_models`, the batch triangle `config_batch`, optimizer
+and schedule `config_optimizer`.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from windlass.config_batch import resolve_batch_sizes
-from windlass.config_errors import ConfigError, explain, quote, suggest
+from windlass.config_errors import ConfigError, explain, quote
 from windlass.config_keys import SortedKeys, sort_keys
-from windlass.config_models import (
-    AdamParams,
-    Config,
-    GivenConfig,
-    GivenOptimizer,
-    GivenScheduler,
-    OptimizerConfig,
-    SchedulerConfig,
-)
+from windlass.config_models import Config, GivenConfig
+from windlass.config_optimizer import resolve_muon, resolve_optimizer, resolve_scheduler
 from windlass.config_source import read_source
-from windlass.deepspeed_keys import DONE, NOT_YET, REFUSED, SCHEDULERS_DONE
+from windlass.deepspeed_keys import DONE, NOT_YET, REFUSED
 
 __all__ = ["Config", "ConfigError", "configured_accelerator", "load_config"]
 
@@ -82,7 +73,8 @@ def configured_accelerator(source: str | Path | Mapping[str, object] | None) -> 
 def _complete(given: GivenConfig, keys: SortedKeys, num_ranks: int, default_micro_batch: int | None) -> Config | None:
     """Derive what the file leaves open; None if anything in it is wrong, with the reasons in `keys.problems`."""
     keys.problems.extend(_conflicts(given, num_ranks))
-    scheduler = _resolve_scheduler(given.scheduler, keys)
+    scheduler = resolve_scheduler(given.scheduler, keys)
+    optimizer = resolve_optimizer(given, scheduler, keys)
     try:
         sizes = resolve_batch_sizes(
             given.train_batch_size,
@@ -104,7 +96,8 @@ def _complete(given: GivenConfig, keys: SortedKeys, num_ranks: int, default_micr
             "train_micro_batch_size_per_gpu": sizes.micro,
             "gradient_accumulation_steps": sizes.steps,
             "num_ranks": num_ranks,
-            "optimizer": _resolve_optimizer(given.optimizer, keys),
+            "muon": resolve_muon(given),
+            "optimizer": optimizer,
             "scheduler": scheduler,
         }
     )
@@ -126,68 +119,6 @@ def _conflicts(given: GivenConfig, num_ranks: int) -> list[str]:
             f"set it to {num_ranks} or remove it"
         )
     return problems
-
-
-def _resolve_optimizer(given: GivenOptimizer | None, keys: SortedKeys) -> OptimizerConfig:
-    if given is None:
-        return OptimizerConfig()
-    kind: Literal["adam", "adamw"] = "adam" if given.type.lower() == "adam" else "adamw"
-    if kind == "adamw" and not given.params.adam_w_mode:
-        keys.notes.append('warning: optimizer.params.adam_w_mode = false has no effect on "AdamW", use "Adam"')
-    weight_decay = given.params.weight_decay
-    if weight_decay is None:
-        weight_decay = 0.0 if kind == "adam" else 0.01
-        if kind == "adamw":
-            keys.notes.append(
-                "info: optimizer.params.weight_decay is not given and is 0.01, the default of torch.optim.AdamW "
-                "(DeepSpeed's own AdamW takes 0)"
-            )
-    params = AdamParams(
-        lr=given.params.lr,
-        betas=given.params.betas,
-        eps=given.params.eps,
-        weight_decay=weight_decay,
-        decoupled=kind == "adamw" or given.params.adam_w_mode,
-    )
-    return OptimizerConfig(type=kind, params=params)
-
-
-def _resolve_scheduler(given: GivenScheduler | None, keys: SortedKeys) -> SchedulerConfig | None:
-    """Check the schedule's parameters against its rule; None if there is no schedule or it is wrong."""
-    if given is None or (given.type is None and not given.params):
-        return None
-    if given.type is None:
-        if "scheduler.type" not in keys.auto:
-            keys.problems.append('scheduler.type is missing, add "type": "WarmupLR"')
-        return None
-    if given.type not in SCHEDULERS_DONE:
-        known = ", ".join(quote(name) for name in SCHEDULERS_DONE)
-        advice = suggest(given.type, SCHEDULERS_DONE, quoting='"') or ", pass any other schedule as lr_scheduler="
-        keys.problems.append(f"scheduler.type = {quote(given.type)} is not one of {known}{advice}")
-        return None
-    from windlass.core.schedules import SCHEDULES  # here, because it imports torch
-
-    rule = SCHEDULES[given.type]
-    accepted = inspect.signature(rule).parameters
-    unknown = [name for name in given.params if name not in accepted]
-    for name in unknown:
-        hint = suggest(name, accepted) or f", it knows {', '.join(accepted)}"
-        keys.problems.append(f"unknown key 'scheduler.params.{name}' for {given.type}{hint}")
-    missing = [
-        name
-        for name, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty and name not in given.params
-    ]
-    for name in missing:
-        keys.problems.append(f"scheduler.params.{name} is missing, {given.type} needs it")
-    if unknown or missing:
-        return None
-    try:
-        rule(**given.params)
-    except ValueError as error:
-        keys.problems.append(str(error))
-        return None
-    return SchedulerConfig.model_validate({"type": given.type, "params": copy.deepcopy(given.params)})
 
 
 def _auto_line(paths: list[str], config: Config) -> list[str]:

@@ -62,7 +62,6 @@ _FP32_MASTERS = "master weights and gradients stay in fp32, with more memory and
 _MODEL_CHECKPOINTS = "activation checkpointing is left to the model, use torch.utils.checkpoint in its forward"
 _NO_MONITOR = "nothing is sent there, log engine.grad_norm and engine.lr in the training loop"
 _OWN_DATA_ORDER = "remove it and order the data in your data loader"
-_MUON = "it belongs to Muon, remove it"
 _OPTIMIZER_STAYS = "remove it, and the optimizer states stay on the device"
 _PARAMETERS_STAY = "remove it, and the parameters stay on the device"
 
@@ -76,10 +75,6 @@ NOT_YET: dict[str, NotYet] = {
     "sparse_gradients": NotYet(False, "gradients travel dense, with more traffic and the same result"),
     "sequence_parallel_size": NotYet(1, "remove it, all ranks are data-parallel", changes_meaning=True),
     "memory_breakdown": NotYet(False, "no breakdown is printed, `windlass plan` predicts the memory"),
-    "optimizer.params.momentum": NotYet(None, _MUON, changes_meaning=True),
-    "optimizer.params.muon_lr": NotYet(None, _MUON, changes_meaning=True),
-    "optimizer.params.adam_lr": NotYet(None, _MUON, changes_meaning=True),
-    "optimizer.params.ns_method": NotYet(None, _MUON, changes_meaning=True),
     "optimizer.params.bias_correction": NotYet(
         True, "remove it, the moments are always corrected", changes_meaning=True
     ),

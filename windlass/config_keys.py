@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from windlass.config_absent import NOT_YET, REFUSED, NotYet, Refused
 from windlass.config_errors import quote, suggest
 from windlass.deepspeed_keys import (
+    ADAM_PARAMS,
     ALIASES,
     DONE,
     IGNORED,
+    MUON_PARAMS,
     OPTIMIZERS_DONE,
     OPTIMIZERS_NOT_YET,
     OPTIMIZERS_REFUSED,
@@ -28,6 +30,7 @@ def _names_by_section() -> dict[str, set[str]]:
     return dict(sections)
 
 
+_USE = 'use "Adam", "AdamW" or "Muon"'
 _NAMES = _names_by_section()  # "" -> top-level names, "fp16" -> the names inside fp16, ...
 
 
@@ -121,6 +124,8 @@ def _enter(given: str, path: str, value: object, done: dict[str, object], result
     if path == "optimizer" and (problem := _optimizer_problem(value)):
         result.problems.append(problem)
         return  # the parameters of another optimizer are not ours to judge
+    if path == "optimizer":
+        value = _without_strangers(value, result)
     inner: dict[str, object] = {}
     _visit(value, path, inner, result)
     if any(key == path or key.startswith(f"{path}.") for key in (*DONE, *OWN)):
@@ -137,11 +142,29 @@ def _optimizer_problem(section: Mapping[str, object]) -> str | None:
     if lower in OPTIMIZERS_DONE:
         return None
     if lower in OPTIMIZERS_NOT_YET:
-        return f'optimizer.type = {quote(kind)} is not done yet: use "Adam" or "AdamW"'
+        return f"optimizer.type = {quote(kind)} is not done yet: {_USE}"
     if lower in OPTIMIZERS_REFUSED:
-        return f'optimizer.type = {quote(kind)} is refused: gradients are not compressed, use "Adam" or "AdamW"'
-    advice = suggest(kind, ("Adam", "AdamW"), quoting='"') or ', use "Adam" or "AdamW"'
+        return f"optimizer.type = {quote(kind)} is refused: gradients are not compressed, {_USE}"
+    advice = suggest(kind, ("Adam", "AdamW", "Muon"), quoting='"') or f", {_USE}"
     return f"optimizer.type = {quote(kind)} is unknown{advice}"
+
+
+def _without_strangers(section: Mapping[str, object], result: SortedKeys) -> Mapping[str, object]:
+    """The section without the parameters of the other optimizer, each of which is reported."""
+    params, kind = section.get("params"), section.get("type")
+    if not isinstance(params, Mapping):
+        return section
+    is_muon = isinstance(kind, str) and kind.lower() == "muon"
+    strangers = ADAM_PARAMS if is_muon else MUON_PARAMS
+    for name in strangers:
+        if params.get(name) is not None:
+            said = f"optimizer.params.{name} belongs to "
+            if is_muon:
+                said += "Adam: remove it, beside Muon weights are decayed as by AdamW"
+            else:
+                said += f'Muon, and optimizer.type is {quote(kind or "AdamW")}: remove it, or use "Muon"'
+            result.problems.append(said)
+    return {**section, "params": {name: value for name, value in params.items() if name not in strangers}}
 
 
 def _report(given: str, path: str, value: object, entry: NotYet | Refused, result: SortedKeys) -> None:

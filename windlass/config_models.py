@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
@@ -32,12 +32,21 @@ def _pair(value: object) -> object:
     return tuple(value)
 
 
+def _row_splits(value: object) -> object:
+    parts = value if isinstance(value, list | tuple) else [value]
+    whole = [_whole_number(part) for part in parts]
+    if not whole or not all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in whole):
+        raise ValueError("the rows of each part as a list, or a number of equal parts")
+    return tuple(whole) if isinstance(value, list | tuple) else whole[0]
+
+
 _Whole = Annotated[int, BeforeValidator(_whole_number)]
 Positive = Annotated[_Whole, Field(gt=0)]
 NotNegative = Annotated[_Whole, Field(ge=0)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bytes = Positive
+RowSplits = Annotated[int | tuple[int, ...], BeforeValidator(_row_splits)]
 Dtype = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_short_dtype)]
 
 
@@ -57,11 +66,40 @@ class AdamParams(Section):
     decoupled: bool = True  # weight decay acts on the weights (AdamW); False: on the gradient (L2)
 
 
+class MuonParams(Section):
+    """The settings of Muon for the matrices, and of AdamW for everything else."""
+
+    lr: Number = 1e-3  # what a schedule's rates stand for
+    muon_lr: Number = 1e-3  # of the matrices
+    adam_lr: Number = 1e-3  # of everything else
+    momentum: Fraction = 0.95
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)] = (0.9, 0.999)
+    eps: Number = 1e-8
+    weight_decay: Number = 0.01  # of both
+
+
 class OptimizerConfig(Section):
     """The optimizer that windlass builds when it is not given one."""
 
-    type: Literal["adam", "adamw"] = "adamw"
-    params: AdamParams = AdamParams()
+    type: Literal["adam", "adamw", "muon"] = "adamw"
+    params: AdamParams | MuonParams = AdamParams()
+
+
+class MuonConfig(Section):
+    """How Muon works, for all groups."""
+
+    coefficients: Literal["jordan", "you", "polar_express", "ten"] = "jordan"
+    ns_dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(_short_dtype)] = (
+        "auto"  # bf16 where its products are fast, else fp32
+    )
+    ns_method: Literal["auto", "standard", "gram"] = "auto"  # auto: for each shape what needs less
+    scale: Literal["rms", "original", "spectral"] = "rms"
+    clip: Literal["pre", "off"] = "pre"  # the gradients of the matrices: by the global norm, or not
+    nesterov: bool = True
+    momentum_dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(_short_dtype)] = "fp32"
+    qk_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # largest attention logit; None: no bound
+    roles: dict[str, Literal["muon", "adamw"]] = {}  # name pattern -> what updates the parameters that it fits
+    views: dict[str, RowSplits] = {}  # name pattern -> rows of each part, or a number of equal parts
 
 
 class SchedulerConfig(Section):
@@ -128,6 +166,7 @@ class _Common(Section):
     data_types: DataTypesConfig = DataTypesConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     plan: PlanConfig = PlanConfig()
+    muon: MuonConfig = MuonConfig()
     capture_update: bool = False  # record the update once and replay it, where the device can
     seed: NotNegative = 1234
     steps_per_print: Annotated[Positive | None, BeforeValidator(_never)] = None  # None: never
@@ -135,7 +174,7 @@ class _Common(Section):
 
 
 class GivenAdamParams(Section):
-    """`optimizer.params` as the file has it."""
+    """`optimizer.params` of Adam and AdamW as the file has it."""
 
     lr: Number = 1e-3
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)] = (0.9, 0.999)
@@ -144,11 +183,30 @@ class GivenAdamParams(Section):
     adam_w_mode: bool = True
 
 
+class GivenMuonParams(Section):
+    """`optimizer.params` of Muon as the file has it."""
+
+    lr: Number = 1e-3
+    muon_lr: Number | None = None
+    adam_lr: Number | None = None
+    momentum: Fraction = 0.95
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)] = (0.9, 0.999)
+    eps: Number = 1e-8
+    weight_decay: Number | None = None
+    ns_method: Literal["auto", "standard", "gram"] | None = None
+
+
 class GivenOptimizer(Section):
-    """`optimizer` as the file has it."""
+    """`optimizer` as the file has it; its type decides which parameters it may have."""
 
     type: str = "AdamW"
-    params: GivenAdamParams = GivenAdamParams()
+    params: GivenAdamParams | GivenMuonParams = Field(default={}, validate_default=True)
+
+    @field_validator("params", mode="plain")
+    @classmethod
+    def _validate_params(cls, value: object, info: ValidationInfo) -> GivenAdamParams | GivenMuonParams:
+        is_muon = str(info.data.get("type")).lower() == "muon"
+        return (GivenMuonParams if is_muon else GivenAdamParams).model_validate(value)
 
 
 class GivenScheduler(Section):

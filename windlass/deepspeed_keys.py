@@ -14,9 +14,11 @@ from typing import Literal
 from windlass.config_absent import NOT_YET, REFUSED
 
 __all__ = [
+    "ADAM_PARAMS",
     "ALIASES",
     "DONE",
     "IGNORED",
+    "MUON_PARAMS",
     "NOT_YET",
     "OPTIMIZERS_DONE",
     "OPTIMIZERS_NOT_YET",
@@ -46,12 +48,16 @@ DONE: dict[str, Done] = {
     "gradient_clipping": Done(1.0, "largest global gradient norm; 0 turns clipping off"),
     "data_parallel_size": Done(None, "must equal the number of data-parallel ranks"),
     "communication_data_type": Done(None, '"fp32": gradients are reduced in fp32, as they are anyway'),
-    "optimizer.type": Done("AdamW", '"Adam" or "AdamW", in any case'),
-    "optimizer.params.lr": Done(1e-3, "learning rate"),
+    "optimizer.type": Done("AdamW", '"Adam", "AdamW" or "Muon", in any case'),
+    "optimizer.params.lr": Done(1e-3, "learning rate; with Muon what muon_lr and adam_lr are unless given"),
     "optimizer.params.betas": Done([0.9, 0.999], "decay of the first and the second moment"),
     "optimizer.params.eps": Done(1e-8, "added to the root of the second moment"),
     "optimizer.params.weight_decay": Done(0.01, "0 for Adam, as in torch.optim"),
     "optimizer.params.adam_w_mode": Done(True, "Adam decays its weights as AdamW does; false: the L2 form"),
+    "optimizer.params.momentum": Done(0.95, "of Muon"),
+    "optimizer.params.muon_lr": Done(None, "learning rate of what Muon updates; null: lr"),
+    "optimizer.params.adam_lr": Done(None, "learning rate of what AdamW updates beside Muon; null: lr"),
+    "optimizer.params.ns_method": Done(None, "of Muon: another spelling of muon.ns_method"),
     "scheduler.type": Done(None, '"WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle" or "LRRangeTest"'),
     "scheduler.params.*": Done(None, "the parameters of that schedule"),
     "fp16.enabled": Done(False, "fp16 weights and gradients with fp32 master weights"),
@@ -76,6 +82,18 @@ OWN: dict[str, Done] = {
     "accelerator": Done("auto", "the backend, as `windlass doctor` names it"),
     "seed": Done(1234, "seeds the random streams of all ranks"),
     "capture_update": Done(False, "record the optimizer's update once and replay it, where the device can"),
+    "muon.coefficients": Done("jordan", '"jordan", "you", "polar_express" or "ten": steps of Newton-Schulz'),
+    "muon.ns_dtype": Done("auto", '"fp32", "bf16" or "fp16" products; auto: bf16 where the device is good at them'),
+    "muon.ns_method": Done("auto", '"standard" or "gram" form; auto: for each shape what needs less'),
+    "muon.scale": Done("rms", '"rms", "original" or "spectral": how an update goes with its shape'),
+    "muon.clip": Done(
+        "pre", '"pre": gradients of matrices are clipped by the global norm as all are; "off": they are not'
+    ),
+    "muon.nesterov": Done(True, "blend the gradient into the momentum, as Nesterov does"),
+    "muon.momentum_dtype": Done("fp32", '"fp32" or "bf16", rounded stochastically'),
+    "muon.qk_clip": Done(None, "largest attention logit: heads beyond it shrink (Kimi K2 takes 100); null: no bound"),
+    "muon.roles": Done({}, 'name pattern -> "muon" or "adamw", where the modules\' roles are not what is wanted'),
+    "muon.views": Done({}, "name pattern -> rows of each part of a fused matrix, or a number of equal parts"),
     "plan.prefetch": Done(1, "units gathered ahead of use, 0 to 4"),
     "plan.device_memory_budget": Done(None, "bytes per device that the plan may use; null: all"),
     "plan.host_memory_budget": Done(None, "bytes of host memory per rank that the plan may use; null: all"),
@@ -182,10 +200,14 @@ ALIASES: dict[str, str] = {
 
 SCHEDULERS_DONE = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
 
-OPTIMIZERS_DONE = ("adam", "adamw")
+OPTIMIZERS_DONE = ("adam", "adamw", "muon")
+
+# Names in optimizer.params that only one optimizer knows.
+ADAM_PARAMS = ("adam_w_mode",)
+MUON_PARAMS = ("momentum", "muon_lr", "adam_lr", "ns_method")
 
 OPTIMIZERS_NOT_YET = (
-    *("muon", "lion", "lamb", "adagrad", "sgd", "muadam", "muadamw", "musgd"),
+    *("lion", "lamb", "adagrad", "sgd", "muadam", "muadamw", "musgd"),
     # The rest are the other names of torch.optim.
     *("adadelta", "adafactor", "adamax", "asgd", "lbfgs", "nadam", "radam", "rmsprop", "rprop", "sparseadam"),
 )

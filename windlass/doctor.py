@@ -32,7 +32,8 @@ def collect_report() -> dict[str, Any]:
     ``windlass``, ``interface``, ``python``, ``torch``, ``platform``: versions. ``variables``: those that
     steer the choice and are set. ``backends``: a row per candidate with ``name, distribution, version,
     usable, reason, real_device, runtime, devices``, and, of its first device where it opened,
-    ``capabilities, kernels, facts``. ``kernel_packages``: a row per package of kernels with ``name,
+    ``capabilities, kernels, facts`` and ``polar``: what `windlass.polar_choice` has measured on such devices, a
+    record for each number of threads and ranks. ``kernel_packages``: a row per package of kernels with ``name,
     distribution, version, reason``. ``choice``: ``accelerator`` (None if nothing can be used) and ``why``.
 
     Usable backends are opened, except in a rank of a larger job, where opening may wait for the others.
@@ -78,6 +79,7 @@ def _row(candidate: Candidate, reason: str) -> dict[str, Any]:
         "capabilities": {},
         "kernels": {},
         "facts": {},
+        "polar": [],
     }
 
 
@@ -108,10 +110,13 @@ def _examine(registry: Registry, candidate: Candidate) -> dict[str, Any]:
 
 
 def _describe(accelerator: Accelerator) -> dict[str, Any]:
+    from windlass.polar_cache import default_folder, describe_device, read_similar
+
     return {
         "capabilities": asdict(accelerator.capabilities),
         "kernels": accelerator.kernels.chosen(),
         "facts": accelerator.facts,
+        "polar": read_similar(default_folder(), describe_device(accelerator)),
     }
 
 
@@ -187,4 +192,16 @@ def _offer(row: dict[str, Any]) -> RenderableType:
     grid.add_row("kernels", Text(", ".join(f"{name}: {chosen}" for name, chosen in row["kernels"].items())))
     if row["facts"]:
         grid.add_row("facts", Text(", ".join(f"{name} {value}" for name, value in row["facts"].items())))
+    for record in row["polar"]:
+        grid.add_row("Muon", Text(_say_measured(record)))
     return grid
+
+
+def _say_measured(record: dict[str, Any]) -> str:
+    """One line: threads and ranks, dtypes of products, forms by shape, each with what was measured."""
+    device = record["device"]
+    parts = [f"{dtype} {1e3 * seconds:.3g} ms" for dtype, seconds in record["products"].items()]
+    for shape, measured in record["forms"].items():
+        times = [f"{form} {1e3 * measured[form]:.3g} ms" for form in ("standard", "gram") if measured[form]]
+        parts.append(f"{shape}: {measured['form']} ({', '.join(times) or 'not measured'})")
+    return f"threads {device['threads']}, ranks on the host {device['ranks_on_host']}: {'; '.join(parts)}"

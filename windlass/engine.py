@@ -21,7 +21,7 @@ from windlass.core.handover import hand_over, put_back, take_over
 from windlass.core.plan import Plan
 from windlass.core.precision import WEIGHT_DTYPES
 from windlass.core.specs import dtype_from_name
-from windlass.core.state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from windlass.core.state import WEIGHT
 from windlass.core.trees import iterate_tensors, map_tensors
 from windlass.core.unplanned import place_unplanned
 from windlass.optimizer import (
@@ -31,6 +31,7 @@ from windlass.optimizer import (
     read_settings,
 )
 from windlass.planning import LONG_DTYPES, build_scaler, plan_training, why_not_captured
+from windlass.polar_choice import PolarChooser
 from windlass.step_books import StepBooks, Updated
 
 logger = logging.getLogger("windlass")
@@ -65,6 +66,7 @@ class Engine:
             accelerator.memory.set_budget(config.plan.device_memory_budget)
         self.scaler = build_scaler(config)
         self.books = StepBooks(self.scaler, speaks=self.rank == 0)
+        self._polar = PolarChooser(accelerator, self._group)
         self.executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
@@ -260,13 +262,14 @@ class Engine:
         return self.executor.full_gradient(name, self.loss_scale)
 
     def full_optimizer_state(self, name: str) -> dict[str, Any]:
-        """`exp_avg` and `exp_avg_sq` of one parameter (host, fp32, logical shape) and its `step` count."""
+        """One parameter's moments (host, fp32, logical shape) and its `step` count: `exp_avg` and `exp_avg_sq` where
+        AdamW updates it, `momentum` where Muon does."""
         self._require_name(name)
         region, placement = self.plan.placement_by_name[name]
         if not region.trainable:
             raise ValueError(f"parameter {name!r} is frozen, so it has no optimizer state")
         state = self.executor.state
-        moments = {key: state.read(name, key) for key in (EXP_AVG, EXP_AVG_SQ)}
+        moments = {key: state.read(name, key) for key in state.moment_keys(region)}
         return {**moments, "step": state.steps[placement.name]}
 
     def save_checkpoint(
@@ -336,7 +339,8 @@ class Engine:
             self.executor.share_written_weights()
 
     def _agree_on_plan(self) -> Plan:
-        plan = plan_training(self.module, self.config, self.optimizer, self.accelerator.capabilities)
+        capabilities, measure = self.accelerator.capabilities, self._polar.choose
+        plan = plan_training(self.module, self.config, self.optimizer, capabilities, measure)
         require_same_plan(plan, self.accelerator, self._group)
         return plan
 

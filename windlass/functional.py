@@ -1,7 +1,8 @@
 """The accelerator's kernels for a model's own layers, as differentiable functions: norms, and the last linear layer
-with its cross-entropy.
+with its cross-entropy. And attention that tells QK-clip its largest logits.
 
-Each takes the accelerator that holds the tensors, as `engine.accelerator`, and any leading dimensions.
+Each that runs kernels takes the accelerator that holds the tensors, as `engine.accelerator`, and any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from windlass.accelerator.interface import Accelerator
+from windlass.attention import attention as attention
+from windlass.core.qk_probe import HeadRows as HeadRows
+from windlass.core.qk_probe import QKProbe as QKProbe
 from windlass.differentiable import cross_entropy, cross_entropy_of_each, norm_by_layer, norm_by_root
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The GPT that `windlass train` trains: plain PyTorch that knows nothing of windlass, in a few named sizes."""
+"""The GPT that `windlass train` trains, in a few named sizes: plain PyTorch, but for what QK-clip must know of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from windlass.attention import attention
+from windlass.core.qk_probe import HeadRows, QKProbe
 
 BYTES = 256
 """The vocabulary when a token is a byte."""
@@ -100,6 +103,9 @@ class Block(nn.Module):
         self.heads = shape.heads
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = Linear(width, 3 * width, bias=False)  # softmax ignores a bias on the keys
+        self.matrix_views = {"query_key_value.weight": (width, width, width)}  # three matrices on top of each other
+        query, key = (HeadRows("query_key_value.weight", width // shape.heads, first) for first in (0, width))
+        self.probe = QKProbe(query, key, heads=shape.heads)
         self.attention_projection = Linear(width, width, bias=bias, deviation=into_residual)
         self.mlp_norm = nn.LayerNorm(width)
         self.up = Linear(width, 4 * width, bias=bias)
@@ -113,7 +119,7 @@ class Block(nn.Module):
         packed = self.query_key_value(self.attention_norm(x))
         heads = packed.view(batch, sequence, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, width / heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = attention(query, key, value, self.probe, causal=True)
         x = x + self.attention_projection(mixed.transpose(1, 2).reshape(batch, sequence, width))
         hidden = F.gelu(self.up(self.mlp_norm(x)), approximate="tanh")
         mlp: Tensor = self.down(hidden)

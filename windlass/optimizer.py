@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from windlass.config import Config
+from windlass.config_models import MuonParams
 from windlass.core.adamw import AdamWSettings
 from windlass.core.encoding import decode, encode
+from windlass.core.muon import MuonSettings
 from windlass.core.schedules import build_schedule
+from windlass.muon_groups import split_groups
 
 # Options of torch's Adam and AdamW that change the arithmetic and that the update kernel does not have.
 _UNSUPPORTED = ("amsgrad", "maximize")
@@ -40,12 +43,16 @@ def build_optimizer(
     if optimizer is not None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(chosen)
-        _check_optimizer(optimizer)
+        _check_optimizer(optimizer, config)
         _check_parameters(module, optimizer)
         return optimizer
     if not chosen:
         raise ValueError("the model has no parameters, so there is nothing to train; pass a module that has some")
     given = config.optimizer.params
+    if isinstance(given, MuonParams):
+        made = PlannedOptimizer(cast(Any, split_groups(module, cast(Any, chosen), config)), {})
+        _check_parameters(module, made)
+        return made
     defaults = {
         "lr": given.lr,
         "betas": given.betas,
@@ -58,13 +65,26 @@ def build_optimizer(
     return made
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    if isinstance(optimizer, torch.optim.Muon):
+        raise ValueError(
+            "torch.optim.Muon keeps whole matrices on every rank, so it is planned here instead; leave optimizer out "
+            'and put {"optimizer": {"type": "Muon", "params": {"lr": ...}}} into the configuration, which covers all '
+            "parameters, matrices and others"
+        )
+    by_muon = any(group.get("algorithm") == "muon" for group in optimizer.param_groups)
+    if by_muon is not (config.optimizer.type == "muon"):
+        said = "says Muon" if config.optimizer.type == "muon" else f"says {config.optimizer.type}"
+        raise ValueError(
+            f"the configuration {said}, and the optimizer that was passed, {type(optimizer).__name__}, "
+            f"{'has' if by_muon else 'does not have'} groups for Muon; leave optimizer out, or change optimizer.type"
+        )
     if isinstance(optimizer, PlannedOptimizer):
         return
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         raise ValueError(
             f"optimizer {type(optimizer).__name__} is not supported yet; pass torch.optim.AdamW or torch.optim.Adam, "
-            "or leave it out and use the configuration"
+            "or leave it out and use the configuration, which also knows Muon"
         )
     for group in optimizer.param_groups:
         for option in _UNSUPPORTED:
@@ -90,10 +110,14 @@ def group_of_parameters(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def read_settings(optimizer: torch.optim.Optimizer) -> list[AdamWSettings]:
+def read_settings(optimizer: torch.optim.Optimizer) -> list[AdamWSettings | MuonSettings]:
     """What each group says now: read anew for every step, since schedulers write into the groups."""
-    settings = []
+    settings: list[AdamWSettings | MuonSettings] = []
     for group in optimizer.param_groups:
+        if group.get("algorithm") == "muon":
+            lr, momentum, decay = (float(group[key]) for key in ("lr", "momentum", "weight_decay"))
+            settings.append(MuonSettings(lr, momentum, decay))
+            continue
         decoupled = group.get("decoupled", group.get("decoupled_weight_decay"))
         if decoupled is None:
             decoupled = isinstance(optimizer, torch.optim.AdamW)

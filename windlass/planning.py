@@ -11,8 +11,12 @@ from windlass.core.mesh import data_parallel_mesh
 from windlass.core.plan import Plan
 from windlass.core.planner import PlanSettings, make_plan
 from windlass.core.precision import WEIGHT_DTYPES, LossScaler
+from windlass.core.qk_clip_plan import plan_qk_clip
 from windlass.core.specs import describe_model
+from windlass.muon_groups import assign_matrices
+from windlass.muon_rules import muon_rules
 from windlass.optimizer import build_optimizer, group_of_parameters
+from windlass.polar_choice import Measure
 
 LONG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -28,13 +32,27 @@ def precision_of(config: Config) -> str:
 
 
 def plan_training(
-    model: nn.Module, config: Config, optimizer: torch.optim.Optimizer, capabilities: Capabilities | None = None
+    model: nn.Module,
+    config: Config,
+    optimizer: torch.optim.Optimizer,
+    capabilities: Capabilities | None = None,
+    measure: Measure | None = None,
 ) -> Plan:
-    """Describe the model and plan its training with the groups of this optimizer, for a device that can do this."""
+    """Describe the model and plan its training with the groups of this optimizer, for a device that can do this.
+    `measure` says what is fastest there for Muon; without it, numbers of operations decide."""
     precision = precision_of(config)
     groups = group_of_parameters(optimizer)
     target = WEIGHT_DTYPES[precision]
     specs, units = describe_model(model, groups, dtype=target)
+    muon = qk_clip = None
+    if config.optimizer.type == "muon":
+        specs = assign_matrices(specs, optimizer.param_groups, model, config)
+    if any(spec.algorithm == "muon" for spec in specs):  # not while all matrices are frozen
+        able = capabilities or Capabilities(matmul_dtypes=())
+        measured = measure(config, specs) if measure else None
+        muon = muon_rules(config, able.matmul_dtypes, measured, uniform_program=able.uniform_program)
+        if config.muon.qk_clip is not None:
+            qk_clip = plan_qk_clip(model, specs, config.muon.qk_clip)
     accumulation = config.data_types.grad_accum_dtype
     narrow = config.bf16.enabled and config.bf16.bf16_optimizer_states
     settings = PlanSettings(
@@ -49,6 +67,8 @@ def plan_training(
         capture_update=config.capture_update and not why_not_captured(capabilities),
         moment_dtype="bfloat16" if narrow else "float32",
         seed=config.seed,
+        muon=muon,
+        qk_clip=qk_clip,
     )
     return make_plan(specs, units, data_parallel_mesh(config.num_ranks), settings)
 

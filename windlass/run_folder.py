@@ -30,6 +30,7 @@ class Summary:
     """The whole run: summary.json. Losses are nats per byte; memory and counters are those of rank 0."""
 
     model: str
+    optimizer: str  # "adamw", "muon", ...
     parameters: int
     steps: int  # done, those before a resume included
     steps_wanted: int
@@ -64,6 +65,19 @@ class RunFolder:
     @property
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / "latest").exists()
+
+    def read_optimizer(self) -> str | None:
+        """With what the run was begun, by its config.json; None if there is none. Raises ValueError."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            return str(json.loads(path.read_text())["optimizer"]["type"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: this is no configuration of a run, so it does not say which optimizer to go on with; put it "
+                "back or remove it"
+            ) from error
 
     def start(self, first_step: int) -> list[dict[str, Any]]:
         """Make the folder; keep the metrics of steps before `first_step` (counted from 0), which a resumed run goes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,18 @@ def load(engine: Engine, directory: Path, tag: str | None) -> dict[str, Any]:
     saved = manifest["engine"]
     engine.books.global_steps, engine.books.skipped_steps = saved["global_steps"], saved["skipped_steps"]
     engine.scaler.load_state_dict(saved["loss_scale"])
-    load_groups(engine.optimizer, saved["groups"])
+    alike = _algorithms(saved["groups"]) == _algorithms(engine.optimizer.param_groups)
+    if alike:
+        load_groups(engine.optimizer, saved["groups"])
     if engine.lr_scheduler is not None and saved["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(decode(saved["scheduler"]))
+        state = decode(saved["scheduler"])
+        if not alike:  # of other groups: their rates say nothing about these
+            state.pop("base_lrs", None)
+        engine.lr_scheduler.load_state_dict(state)
     client_state: dict[str, Any] = manifest["client_state"]
     return client_state
+
+
+def _algorithms(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What updates each group; AdamW where nothing is said."""
+    return [group.get("algorithm", "adamw") for group in groups]

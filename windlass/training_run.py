@@ -152,10 +152,15 @@ class TrainingRun:
         lines = [
             f"{self.shape.name}: {self.shape.num_parameters:,} parameters on {engine.num_ranks} "
             f"rank{'s' if engine.num_ranks > 1 else ''} of {_family(engine.accelerator)}, {engine.plan.precision}, "
-            f"ZeRO stage {engine.plan.stage}, plan {engine.plan.hash}",
+            f"ZeRO stage {engine.plan.stage}, {_display_name(config.optimizer.type)}, plan {engine.plan.hash}",
             f"{config.train_batch_size} x {self.shape.sequence_length} bytes per step of {self.text.source} "
             f"({len(self.text.training):,} bytes, {len(self.text.held_out):,} more held out), into {self.folder.path}",
         ]
+        if engine.plan.muon is not None:
+            numel = sum(one.numel for one in engine.plan.muon.each)
+            lines.append(
+                f"Muon orthogonalises {engine.plan.muon.count} matrices of {numel:,} parameters, AdamW updates the rest"
+            )
         if resumed:
             lines.append(f"resumed after step {self.first_step} of {self.options.steps}")
         elif self.options.resume:
@@ -168,6 +173,7 @@ class TrainingRun:
         memory = {place.value: stats for place, stats in _memory(engine.accelerator)}
         return Summary(
             model=self.shape.name,
+            optimizer=engine.config.optimizer.type,
             parameters=self.shape.num_parameters,
             steps=steps_done,
             steps_wanted=self.options.steps,
@@ -199,8 +205,9 @@ class TrainingRun:
         from windlass.report import save_loss_plot
 
         title = (
-            f"{summary.model} on {_family(self.engine.accelerator)}, {summary.num_ranks} "
-            f"rank{'s' if summary.num_ranks > 1 else ''}, ZeRO stage {summary.stage}, {summary.precision}"
+            f"{summary.model} by {_display_name(summary.optimizer)} on {_family(self.engine.accelerator)}, "
+            f"{summary.num_ranks} rank{'s' if summary.num_ranks > 1 else ''}, ZeRO stage {summary.stage}, "
+            f"{summary.precision}"
         )
         save_loss_plot(self.folder.plot, self.rows, title=title, held_out=summary.held_out_loss)
         self.folder.write_json("summary.json", asdict(summary))
@@ -233,6 +240,10 @@ def _memory(accelerator: Accelerator) -> Iterator[tuple[Place, MemoryStats]]:
     for place, has_it in offered.items():
         if has_it:
             yield place, accelerator.memory.stats(place)
+
+
+def _display_name(optimizer: str) -> str:
+    return {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}[optimizer]
 
 
 def _family(accelerator: Accelerator) -> str:

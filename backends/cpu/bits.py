@@ -42,6 +42,9 @@ floats_at = intrinsic(_pointer(types.float32))
 halves_at = intrinsic(_pointer(types.uint16))
 """`halves_at(address)`: a pointer to 16-bit elements."""
 
+integers_at = intrinsic(_pointer(types.int64))
+"""`integers_at(address)`: a pointer to integers of 64 bits."""
+
 bytes_at = intrinsic(_pointer(types.uint8))
 """`bytes_at(address)`: a pointer to bytes."""
 

@@ -30,52 +30,29 @@ from windlass.backends.cpu.bits import (
     widen_bfloat16,
     widen_float16,
 )
+from windlass.backends.cpu.momentum import momentum_blend, scale_decay_update
+from windlass.backends.cpu.polar import polar_kernels
+from windlass.backends.cpu.vectors import (
+    ADDRESS,
+    ANY,
+    BLOCK,
+    BOOL,
+    FLOAT,
+    KIND_BFLOAT16,
+    KIND_FLOAT,
+    KIND_NONE,
+    KINDS,
+    NARROW,
+    address_of,
+    narrow_vector,
+    widen_vector,
+)
 
 IMPLEMENTATION: Final = "numba"
-BLOCK: Final = 1024  # elements: 4 KiB of fp32 at a time for conversions, 8 * 8 * 16 for square_sum
-
-_KIND_NONE, _KIND_FLOAT, _KIND_BFLOAT16, _KIND_FLOAT16 = 0, 1, 2, 3
-_KINDS: Final = {torch.float32: _KIND_FLOAT, torch.bfloat16: _KIND_BFLOAT16, torch.float16: _KIND_FLOAT16}
-_FLOAT: Final = (torch.float32,)
-_NARROW: Final = (torch.bfloat16, torch.float16)
-_ANY: Final = (torch.float32, torch.bfloat16, torch.float16)
-_BOOL: Final = (torch.bool,)
-_ADDRESS: Final = types.int64
-
-
-@njit(types.void(_ADDRESS, _ADDRESS, types.int64, types.int64), nogil=True, cache=True, error_model="numpy")
-def _widen(destination: int, source: int, count: int, kind: int) -> None:
-    """fp32 copies of `count` elements of any kind."""
-    output = floats_at(destination)
-    if kind == _KIND_FLOAT:
-        floats = floats_at(source)
-        for i in range(count):
-            output[i] = floats[i]
-    elif kind == _KIND_BFLOAT16:
-        halves = halves_at(source)
-        for i in range(count):
-            output[i] = widen_bfloat16(halves[i])
-    else:
-        halves = halves_at(source)
-        for i in range(count):
-            output[i] = widen_float16(halves[i])
-
-
-@njit(types.void(_ADDRESS, _ADDRESS, types.int64, types.int64), nogil=True, cache=True, error_model="numpy")
-def _narrow(destination: int, source: int, count: int, kind: int) -> None:
-    """`count` fp32 elements rounded to 16 bits."""
-    floats = floats_at(source)
-    output = halves_at(destination)
-    if kind == _KIND_BFLOAT16:
-        for i in range(count):
-            output[i] = narrow_bfloat16(floats[i])
-    else:
-        for i in range(count):
-            output[i] = narrow_float16(floats[i])
 
 
 @njit(
-    types.void(*[_ADDRESS] * 8, types.int64, types.int64, types.int64, types.boolean),
+    types.void(*[ADDRESS] * 8, types.int64, types.int64, types.int64, types.boolean),
     nogil=True,
     cache=True,
     error_model="numpy",
@@ -108,10 +85,10 @@ def _adamw(
         weight = floats_at(weight_at + 4 * begin)
         exp_avg = floats_at(exp_avg_at + 4 * begin)
         exp_avg_sq = floats_at(exp_avg_sq_at + 4 * begin)
-        if gradient_kind == _KIND_FLOAT:
+        if gradient_kind == KIND_FLOAT:
             gradient = floats_at(gradient_at + 4 * begin)
         else:
-            _widen(scratch.ctypes.data, gradient_at + 2 * begin, size, gradient_kind)
+            widen_vector(scratch.ctypes.data, gradient_at + 2 * begin, size, gradient_kind)
             gradient = floats_at(scratch.ctypes.data)
         for i in range(size):
             w = weight[i]
@@ -124,26 +101,26 @@ def _adamw(
             exp_avg[i] = m
             exp_avg_sq[i] = v
             weight[i] = w * shrink - step * (m / (np.sqrt(v) / root2 + eps))
-        if low_kind != _KIND_NONE:
-            _narrow(low_at + 2 * begin, weight_at + 4 * begin, size, low_kind)
+        if low_kind != KIND_NONE:
+            narrow_vector(low_at + 2 * begin, weight_at + 4 * begin, size, low_kind)
 
 
-@njit(types.void(_ADDRESS, _ADDRESS, _ADDRESS, types.int64, types.int64), nogil=True, cache=True, error_model="numpy")
+@njit(types.void(ADDRESS, ADDRESS, ADDRESS, types.int64, types.int64), nogil=True, cache=True, error_model="numpy")
 def _square_sum(result_at: int, values_at: int, scale_at: int, count: int, kind: int) -> None:
     """Fold each block onto its eighths until sixteen sums are left: pairwise, and every step is a vector loop."""
     scale = floats_at(scale_at)[0]
-    width = 4 if kind == _KIND_FLOAT else 2
+    width = 4 if kind == KIND_FLOAT else 2
     scratch = np.empty(BLOCK, np.float32)
     sums = np.empty(BLOCK // 8, np.float32)
     total = 0.0  # blocks meet in fp64: beyond a block, rounding no longer grows with n
     found = False
     for begin in range(0, count, BLOCK):
         size = min(BLOCK, count - begin)
-        if kind == _KIND_FLOAT and size == BLOCK:
+        if kind == KIND_FLOAT and size == BLOCK:
             values = floats_at(values_at + 4 * begin)
         else:
             values = floats_at(scratch.ctypes.data)
-            _widen(scratch.ctypes.data, values_at + width * begin, size, kind)
+            widen_vector(scratch.ctypes.data, values_at + width * begin, size, kind)
             for i in range(size, BLOCK):
                 values[i] = np.float32(0)
         for row in range(8):  # eight vectors of sixteen, one after the other as they lie in memory
@@ -171,7 +148,7 @@ def _square_sum(result_at: int, values_at: int, scale_at: int, count: int, kind:
 
 
 @njit(
-    types.void(_ADDRESS, _ADDRESS, _ADDRESS, types.int64, types.int64, types.int64),
+    types.void(ADDRESS, ADDRESS, ADDRESS, types.int64, types.int64, types.int64),
     nogil=True,
     cache=True,
     error_model="numpy",
@@ -183,31 +160,31 @@ def _scale_cast(
     # A loop for each pair: going through a scratch vector would wait for memory in bursts and be twice as slow.
     floats, halves = floats_at(source_at), halves_at(source_at)
     wide, narrow = floats_at(destination_at), halves_at(destination_at)
-    if destination_kind == _KIND_FLOAT:
-        if source_kind == _KIND_FLOAT:
+    if destination_kind == KIND_FLOAT:
+        if source_kind == KIND_FLOAT:
             for i in range(count):
                 wide[i] = floats[i] * scale
-        elif source_kind == _KIND_BFLOAT16:
+        elif source_kind == KIND_BFLOAT16:
             for i in range(count):
                 wide[i] = widen_bfloat16(halves[i]) * scale
         else:
             for i in range(count):
                 wide[i] = widen_float16(halves[i]) * scale
-    elif destination_kind == _KIND_BFLOAT16:
-        if source_kind == _KIND_FLOAT:
+    elif destination_kind == KIND_BFLOAT16:
+        if source_kind == KIND_FLOAT:
             for i in range(count):
                 narrow[i] = narrow_bfloat16(floats[i] * scale)
-        elif source_kind == _KIND_BFLOAT16:
+        elif source_kind == KIND_BFLOAT16:
             for i in range(count):
                 narrow[i] = narrow_bfloat16(widen_bfloat16(halves[i]) * scale)
         else:
             for i in range(count):
                 narrow[i] = narrow_bfloat16(widen_float16(halves[i]) * scale)
     else:
-        if source_kind == _KIND_FLOAT:
+        if source_kind == KIND_FLOAT:
             for i in range(count):
                 narrow[i] = narrow_float16(floats[i] * scale)
-        elif source_kind == _KIND_BFLOAT16:
+        elif source_kind == KIND_BFLOAT16:
             for i in range(count):
                 narrow[i] = narrow_float16(widen_bfloat16(halves[i]) * scale)
         else:
@@ -230,17 +207,17 @@ def adamw(
     """One AdamW update in place; see `reference.adamw`."""
     count = weight.numel()
     _adamw(
-        _address("adamw", "weight", weight, _FLOAT, count),
-        _address("adamw", "gradient", gradient, _ANY, count),
-        _address("adamw", "exp_avg", exp_avg, _FLOAT, count),
-        _address("adamw", "exp_avg_sq", exp_avg_sq, _FLOAT, count),
-        0 if low is None else _address("adamw", "low", low, _NARROW, count),
-        _address("adamw", "scalars", scalars, _FLOAT, len(ADAMW_SCALARS)),
-        _address("adamw", "gradient_scale", gradient_scale, _FLOAT, 1),
-        _address("adamw", "keep", keep, _BOOL, 1),
+        address_of("adamw", "weight", weight, FLOAT, count),
+        address_of("adamw", "gradient", gradient, ANY, count),
+        address_of("adamw", "exp_avg", exp_avg, FLOAT, count),
+        address_of("adamw", "exp_avg_sq", exp_avg_sq, FLOAT, count),
+        0 if low is None else address_of("adamw", "low", low, NARROW, count),
+        address_of("adamw", "scalars", scalars, FLOAT, len(ADAMW_SCALARS)),
+        address_of("adamw", "gradient_scale", gradient_scale, FLOAT, 1),
+        address_of("adamw", "keep", keep, BOOL, 1),
         count,
-        _KINDS[gradient.dtype],
-        _KIND_NONE if low is None else _KINDS[low.dtype],
+        KINDS[gradient.dtype],
+        KIND_NONE if low is None else KINDS[low.dtype],
         decoupled,
     )
     return weight, exp_avg, exp_avg_sq, low
@@ -252,10 +229,10 @@ def square_sum(values: Tensor, scale: Tensor) -> Tensor:
     result = torch.empty(2, dtype=torch.float32)
     _square_sum(
         result.data_ptr(),
-        _address("square_sum", "values", values, _ANY, count),
-        _address("square_sum", "scale", scale, _FLOAT, 1),
+        address_of("square_sum", "values", values, ANY, count),
+        address_of("square_sum", "scale", scale, FLOAT, 1),
         count,
-        _KINDS[values.dtype],
+        KINDS[values.dtype],
     )
     return result
 
@@ -264,32 +241,26 @@ def scale_cast(destination: Tensor, source: Tensor, scale: Tensor) -> Tensor:
     """Scale in fp32 and round once into the dtype of `destination`; see `reference.scale_cast`."""
     count = destination.numel()
     _scale_cast(
-        _address("scale_cast", "destination", destination, _ANY, count),
-        _address("scale_cast", "source", source, _ANY, count),
-        _address("scale_cast", "scale", scale, _FLOAT, 1),
+        address_of("scale_cast", "destination", destination, ANY, count),
+        address_of("scale_cast", "source", source, ANY, count),
+        address_of("scale_cast", "scale", scale, FLOAT, 1),
         count,
-        _KINDS[destination.dtype],
-        _KINDS[source.dtype],
+        KINDS[destination.dtype],
+        KINDS[source.dtype],
     )
     return destination
 
 
 def cpu_kernels() -> tuple[Kernel, ...]:
-    """The compiled kernels of the processor."""
-    return tuple(
+    """The processor's kernels: those compiled by numba, and those made of matrix products."""
+    compiled = tuple(
         Kernel(name, IMPLEMENTATION, function, priority=100)
-        for name, function in (("adamw", adamw), ("square_sum", square_sum), ("scale_cast", scale_cast))
+        for name, function in (
+            ("adamw", adamw),
+            ("square_sum", square_sum),
+            ("scale_cast", scale_cast),
+            ("momentum_blend", momentum_blend),
+            ("scale_decay_update", scale_decay_update),
+        )
     )
-
-
-def _address(kernel: str, argument: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], count: int) -> int:
-    """The address of a tensor's elements, once it is known that compiled code may touch them."""
-    if tensor.numel() == count and tensor.dtype in dtypes and tensor.is_contiguous() and tensor.is_cpu:
-        return tensor.data_ptr()
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    layout = "contiguous" if tensor.is_contiguous() else "strided"
-    raise ValueError(
-        f"kernel {kernel!r} got {argument} as {layout} {str(tensor.dtype).removeprefix('torch.')}"
-        f"{list(tensor.shape)} on {tensor.device}, wanted contiguous {names}[{count}] on cpu; "
-        f"pass vectors of one length, and cast them with 'scale_cast' where the dtype differs"
-    )
+    return (*compiled, *polar_kernels())

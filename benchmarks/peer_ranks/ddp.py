@@ -15,7 +15,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     model = workload.build_model()
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = workload.build_optimizer(model)
+    optimizers = workload.build_optimizers(model, settings)
     parameters = list(model.parameters())
 
     def forward(ids: Tensor, targets: Tensor) -> Tensor:
@@ -25,8 +25,9 @@ def main() -> None:
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, workload.LARGEST_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # the gradients are views of the buckets
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)  # the gradients are views of the buckets
 
     workload.measure(settings, forward, Tensor.backward, step)
     dist.destroy_process_group()

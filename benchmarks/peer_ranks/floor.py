@@ -15,7 +15,7 @@ def main() -> None:
     """Train this rank's own copy."""
     settings = workload.read_settings()
     model = workload.build_model()
-    optimizer = workload.build_optimizer(model)
+    optimizers = workload.build_optimizers(model, settings)
     parameters = list(model.parameters())
 
     def forward(ids: Tensor, targets: Tensor) -> Tensor:
@@ -25,8 +25,9 @@ def main() -> None:
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, workload.LARGEST_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # keeps the memory: new pages cost more than zeros
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)  # keeps the memory: new pages cost more than zeros
 
     workload.measure(settings, forward, Tensor.backward, step)
 

@@ -23,13 +23,14 @@ def main() -> None:
     model = workload.build_model()
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=settings.variant == "reshard")
-    optimizer = workload.build_optimizer(model)
+    optimizers = workload.build_optimizers(model, settings)
     parameters = list(model.parameters())
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, workload.LARGEST_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     workload.measure(settings, model, Tensor.backward, step)
     dist.destroy_process_group()

@@ -14,31 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from peer_ranks.candidates import RANKS, Candidate
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache" / "peers"
 CORPUS = CACHE / "corpus.bin"
-RANKS = 2
 LONGEST_RUN = 900  # seconds; DeepSpeed compiles its operators in its first run, about 3 minutes
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to train the model, and how its ranks are started."""
-
-    system: str
-    script: str
-    precision: str
-    stage: int | None = None
-    variant: str = ""
-
-    @property
-    def name(self) -> str:
-        """What `--profile` calls it."""
-        return "-".join(str(part) for part in (self.system, self.variant, self.stage) if part not in ("", None))
-
-
-FLOOR = Candidate("floor", "floor.py", "autocast")
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,8 @@ class Run:
     backward_ms: tuple[float, ...] = ()
     step_ms: tuple[float, ...] = ()
     processor_ms: tuple[float, ...] = ()
+    update_processor_ms: tuple[float, ...] = ()  # of the rank that took most, in the update alone
+    marks: tuple[tuple[tuple[float, ...], ...], ...] = ()  # by rank and step, the warm ones too: see workload.measure
     losses: tuple[float, ...] = ()  # of every step, the warm ones too
     peak_resident_mib: float = 0.0  # of the largest rank
     versions: dict[str, str] | None = None
@@ -72,15 +56,19 @@ def hold_machine() -> Iterator[None]:
 
 
 def expose_model() -> Path:
-    """A folder that holds windlass and nothing else, for an environment without it: the model's file needs only torch.
+    """A folder that holds windlass and nothing else, for an environment without it: the model needs torch alone.
 
     The root of the tree will not do. It would also offer a package `accelerator`, which DeepSpeed looks for.
     """
     folder = CACHE / "importable"
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "windlass"
-    link.unlink(missing_ok=True)
-    link.symlink_to(ROOT / "windlass", target_is_directory=True)
+    package = folder / "windlass"
+    if package.is_symlink():  # as it once was
+        package.unlink()
+    package.mkdir(parents=True, exist_ok=True)
+    for part in (*(ROOT / "windlass").iterdir(), *(ROOT / name for name in ("accelerator", "backends", "core"))):
+        link = package / part.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(part, target_is_directory=part.is_dir())
     return folder
 
 
@@ -88,12 +76,15 @@ def start_ranks(
     candidate: Candidate, interpreter: str, output: Path, *, warm: int, steps: int, profile: Path | None
 ) -> str:
     """Run the ranks to their end, each writing its file into `output`. Returns why they failed, or nothing."""
-    command = [interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command = [interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={candidate.ranks}"]
     command += [str(SCRIPTS / candidate.script), f"--corpus={CORPUS}", f"--output={output}"]
     command += [f"--warm={warm}", f"--steps={steps}", f"--stage={candidate.stage or 0}"]
-    command += [f"--variant={candidate.variant}"] + ([f"--profile={profile}"] if profile else [])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [f"--optimizer={candidate.optimizer}", f"--variant={candidate.variant}"]
+    command += [f"--profile={profile}"] if profile else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(RANKS // candidate.ranks)}
     if candidate.system == "deepspeed":
+        for lock in (CACHE / "torch_extensions").glob("*/lock"):
+            lock.unlink()  # a run that was killed left it, and the next would wait; `hold_machine` keeps others out
         environment |= {
             "DS_ACCELERATOR": "cpu",
             "PATH": f"{Path(interpreter).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja lies there
@@ -132,7 +123,7 @@ def run_candidate(
     reason = start_ranks(candidate, interpreter, output, warm=warm, steps=steps, profile=profile)
     if reason:
         return Run(candidate, number, load, reason)
-    reports = [json.loads((output / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    reports = [json.loads((output / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(candidate.ranks)]
 
     def mean_over_ranks(key: str) -> tuple[float, ...]:
         return tuple(statistics.fmean(values) for values in zip(*(each[key] for each in reports), strict=True))
@@ -141,6 +132,8 @@ def run_candidate(
     return Run(
         candidate, number, load,
         **{key: mean_over_ranks(key) for key in keys},
+        update_processor_ms=tuple(map(max, zip(*(each["update_processor_ms"] for each in reports), strict=True))),
+        marks=tuple(tuple(map(tuple, each["marks"])) for each in reports),
         peak_resident_mib=max(each["peak_resident_mib"] for each in reports),
         versions=reports[0]["versions"],
     )  # fmt: skip

@@ -73,6 +73,8 @@ def test_bad_configuration_is_one_line_and_exit_code_2(main: Main, tmp_path: Pat
         (["train", "--accelerator", "cup"], "no backend named 'cup' is installed (installed: cpu"),
         (["train", "--accelerator", "cpu:x"], "the argument names accelerator 'cpu:x', which is not of the form"),
         (["train", "--model", "tyni"], "there is no model named 'tyni', the models are nano, tiny, small, gpt2; did"),
+        (["train", "--optimizer", "muom"], "--optimizer must be adamw or muon, got 'muom'; did you mean muon?"),
+        (["plan", "--optimizer", "sgd"], "--optimizer must be adamw or muon, got 'sgd', or name another in a config"),
         (["train", "--text", "nowhere.txt"], "text nowhere.txt: there is no such file or folder"),
         (["train", "--text", "."], "the folder holds no .txt file"),
         (["train", "--ranks", "0"], "--ranks must be at least 1, got 0"),
@@ -95,6 +97,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(main: Main, arguments: list[str],
     status, output, errors = main(*arguments)
     assert (status, output, len(errors)) == (2, "", 1)
     assert told in errors[0]
+
+
+def test_optimizer_that_contradicts_the_configuration_is_one_line_and_exit_code_2(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"optimizer": {"type": "AdamW"}}')
+    status, output, errors = main("train", "config.json", "--optimizer", "Muon")
+    assert (status, output, len(errors)) == (2, "", 1)
+    assert errors[0] == (
+        "windlass: --optimizer Muon contradicts config.json, which asks for adamw: change its optimizer.type, or leave "
+        "out the option"
+    )
 
 
 def test_bad_variable_is_one_line_and_exit_code_2(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +176,33 @@ def test_run_leaves_what_its_plan_promised(main: Main, tmp_path: Path) -> None:
     for step in planned["prediction"]["boundary"]:
         counted = summary["counters"][f"collective/{step['kind']}/{step['tag']}"]
         assert counted == {"calls": 12 * step["calls"], "bytes": 12 * step["bytes"]}
+
+
+def test_a_run_by_muon_says_so_and_goes_on_by_muon(main: Main, tmp_path: Path) -> None:
+    """Two ranks, resumed without the option: what it prints, what it leaves, and what it sent."""
+    arguments = ("train", "--model", "nano", "--ranks", 2, "--out", "run")
+    ended = windlass(*arguments, "--steps", 2, "--optimizer", "MUON", folder=tmp_path, timeout=150)
+    assert (ended.status, ended.errors) == (0, [])
+    assert "ZeRO stage 2, Muon, plan" in ended.output
+    # q, k, v, projection, up and down in five blocks
+    assert "Muon orthogonalises 30 matrices of 983,040 parameters, AdamW updates the rest" in ended.output
+    status, output, _ = main("plan", "--model", "nano", "--ranks", 2, "--optimizer", "muon", "--json")
+    planned = json.loads(output)
+    assert (status, planned["config"]["optimizer"]["type"]) == (0, "muon")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["optimizer"], summary["plan_hash"]) == ("muon", planned["plan"]["hash"])
+    for step in planned["plan"]["prediction"]["boundary"]:
+        counted = summary["counters"][f"collective/{step['kind']}/{step['tag']}"]
+        assert counted == {"calls": 2 * step["calls"], "bytes": 2 * step["bytes"]}
+
+    refused = main(*arguments, "--steps", 3, "--resume", "--optimizer", "adamw")
+    assert refused[0] == 2
+    assert "the run in run was begun with muon, leave it out to go on with that" in refused[2][0]
+    ended = windlass(*arguments, "--steps", 3, "--resume", folder=tmp_path, timeout=150)
+    assert (ended.status, ended.errors) == (0, [])
+    assert "resumed after step 2 of 3" in ended.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["optimizer"], summary["steps"], len(metrics(tmp_path / "run"))) == ("muon", 3, 3)
 
 
 def test_a_killed_rank_ends_the_run_in_one_line(tmp_path: Path) -> None:

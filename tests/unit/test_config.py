@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from windlass.config import Config, ConfigError, load_config
+from windlass.config_models import AdamParams
 
 MINIMAL = {
     "train_batch_size": 64,
@@ -61,6 +62,7 @@ def test_optimizer_defaults_are_those_of_torch(kind: str | None, reference: type
 def test_adam_decays_as_adamw_unless_told_otherwise(kind: str, adam_w_mode: bool | None, decoupled: bool) -> None:
     params = {"weight_decay": 0.1} | ({} if adam_w_mode is None else {"adam_w_mode": adam_w_mode})
     config = load_config({"optimizer": {"type": kind, "params": params}}, 1)
+    assert isinstance(config.optimizer.params, AdamParams)
     assert config.optimizer.params.decoupled is decoupled
     expected = ('warning: optimizer.params.adam_w_mode = false has no effect on "AdamW", use "Adam"',)
     assert config.messages == (expected if kind == "AdamW" and adam_w_mode is False else ())

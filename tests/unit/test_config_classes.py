@@ -114,12 +114,12 @@ def test_not_yet_warns_where_results_stay_the_same() -> None:
         ),
         (
             {"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "use_triton": True}}},
-            'optimizer.type = "Lion" is not done yet: use "Adam" or "AdamW"',
+            'optimizer.type = "Lion" is not done yet: use "Adam", "AdamW" or "Muon"',
         ),
-        ({"optimizer": {"type": "Muon"}}, 'optimizer.type = "Muon" is not done yet: use "Adam" or "AdamW"'),
+        ({"optimizer": {"type": "SGD"}}, 'optimizer.type = "SGD" is not done yet: use "Adam", "AdamW" or "Muon"'),
         (
             {"optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 400}}},
-            'optimizer.type = "OneBitAdam" is refused: gradients are not compressed, use "Adam" or "AdamW"',
+            'optimizer.type = "OneBitAdam" is refused: gradients are not compressed, use "Adam", "AdamW" or "Muon"',
         ),
         ({"optimizer": {"type": "AdamX"}}, 'optimizer.type = "AdamX" is unknown (did you mean "Adam"?)'),
         ({"optimizer": {"params": {"lr": 1}}}, 'optimizer.type is missing, add "type": "AdamW"'),

@@ -14,6 +14,7 @@ from windlass.deepspeed_keys import (
     ALIASES,
     DONE,
     IGNORED,
+    MUON_PARAMS,
     OPTIMIZERS_DONE,
     OPTIMIZERS_NOT_YET,
     OPTIMIZERS_REFUSED,
@@ -168,6 +169,7 @@ def test_defaults_of_the_table_are_those_of_the_config() -> None:
     resolved = load_config(None, 1).resolved()
     derived = {"optimizer.type", "optimizer.params.adam_w_mode", "scheduler.type", "scheduler.params.*"}
     derived |= {path for path, entry in DONE.items() if "." not in path and entry.default is None}
+    derived |= {f"optimizer.params.{name}" for name in MUON_PARAMS}
     for path, entry in {**DONE, **OWN}.items():
         if path not in derived:
             value: Any = resolved
@@ -176,3 +178,9 @@ def test_defaults_of_the_table_are_those_of_the_config() -> None:
             assert value == entry.default, path
     assert resolved["optimizer"]["type"] == "adamw"
     assert resolved["optimizer"]["params"]["decoupled"] is True
+    params = load_config({"optimizer": {"type": "Muon"}}, 1).resolved()["optimizer"]["params"]
+    shared = ("lr", "betas", "eps", "weight_decay", "momentum")
+    assert {name: DONE[f"optimizer.params.{name}"].default for name in shared} == {
+        name: params[name] for name in shared
+    }
+    assert params["muon_lr"] == params["adam_lr"] == params["lr"]

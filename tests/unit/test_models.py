@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from windlass.models import GPT, SHAPES, Block, ModelShape, build_model, find_shape
+from windlass.muon_groups import declared_views
 
 SMALL = ModelShape("test", width=32, layers=2, heads=4, sequence_length=16, vocabulary=64)
 
@@ -93,6 +94,21 @@ def test_attention_equals_its_definition(model: GPT) -> None:
     scores = scores.masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), -math.inf)
     mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(2, 16, 32).float()
     middle = x + block.attention_projection(mixed)
+    expected = middle + block.down(nn.functional.gelu(block.up(block.mlp_norm(middle)), approximate="tanh"))
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_declared_matrices_are_query_key_and_value(model: GPT) -> None:
+    """Without the rows of the first, every logit is 0: each token then takes the mean of the values so far."""
+    views = declared_views(model)
+    assert views == {f"blocks.{index}.query_key_value.weight": (32, 32, 32) for index in range(2)}
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    queries, _, values = block.query_key_value.weight.data.split(views["blocks.0.query_key_value.weight"])
+    queries.zero_()
+    x = torch.randn(2, 16, 32)
+    seen = (block.attention_norm(x) @ values.T).cumsum(1) / torch.arange(1, 17)[:, None]
+    middle = x + block.attention_projection(seen)
     expected = middle + block.down(nn.functional.gelu(block.up(block.mlp_norm(middle)), approximate="tanh"))
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
