@@ -95,6 +95,11 @@ def _check_form(muon: MuonConfig, params: GivenMuonParams, keys: SortedKeys) -> 
         keys.problems.append(
             f"optimizer.params.ns_method = {quote(one)} contradicts muon.ns_method = {quote(other)}, remove one of them"
         )
+    if muon.ns_dtype == "bf16" and "gram" in (one, other):
+        keys.problems.append(
+            'ns_method = "gram" is not safe with muon.ns_dtype = "bf16", whose rounding errors it lifts to singular '
+            'values, set muon.ns_dtype to "fp32" or "fp16", or leave it out'
+        )
 
 
 def _check_rates(

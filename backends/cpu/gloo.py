@@ -2,6 +2,10 @@
 
 gloo itself neither compares calls nor says who is missing, so the ranks first tell each other what they
 call, one message per pair; a rank whose message does not come is the one to name.
+
+[Note: connections] Peers learn that this rank has left from its connections, which end with the last reference to the
+process group. Works that are under way are such references, and an error keeps what its frames hold: so they are let go
+before an error is raised, and the group itself when the transport is closed.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ class GlooWork(Work):
         try:
             self._handle.wait()
         except RuntimeError as error:
+            self._handle = None
             self._explain(error)
         self._handle = None
         complete, self._complete = self._complete, _nothing
@@ -79,7 +84,7 @@ class GlooTransport(Transport):
         before_waiting: Callable[[], None] = lambda: None,  # see the note in `board`
     ) -> None:
         super().__init__(group)
-        self._process_group = process_group
+        self._process_group: dist.ProcessGroup | None = process_group  # None once it is closed
         self._timeout_seconds = timeout_seconds
         self._near = tuple(near)
         self._before_waiting = before_waiting
@@ -149,6 +154,9 @@ class GlooTransport(Transport):
     def barrier(self, call: Call) -> None:
         self._agree(call)
 
+    def close(self) -> None:
+        self._process_group = None
+
     def _gather(self, output: Tensor, input: Tensor) -> Started:
         rows = parts(output.view(torch.uint8), self.group)
         rows = [rows[index] for index in self._order]
@@ -208,14 +216,15 @@ class GlooTransport(Transport):
         begun = time.monotonic()
         deadline = begun + self._timeout_seconds
         index = None
+        works: list[dist.Work | None] = []
         try:
-            receiving = {at: dist.irecv(table[at], self.group.ranks[at], self._process_group) for at in others}
-            sending = {at: dist.isend(mine, self.group.ranks[at], self._process_group) for at in others}
-            for at, work in [*receiving.items(), *sending.items()]:
-                index = at
-                assert work is not None
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            works += [dist.irecv(table[at], self.group.ranks[at], self._process_group) for at in others]
+            works += [dist.isend(mine, self.group.ranks[at], self._process_group) for at in others]
+            for place in range(len(works)):
+                index = others[place % len(others)]
+                _wait_for(works[place], deadline)
         except RuntimeError as error:
+            works.clear()
             self._explain(error, call, index, begun)
         rows: list[list[int]] = table.tolist()
         for at, row in enumerate(rows):
@@ -227,6 +236,7 @@ class GlooTransport(Transport):
 
     def _explain(self, error: RuntimeError, call: Call, index: int | None, begun: float) -> NoReturn:
         """Raise what an error of gloo means. `index` is the rank whose message was waited for, if known."""
+        error.__traceback__ = None  # frames of torch hold the group
         timed_out = time.monotonic() - begun >= 0.9 * self._timeout_seconds
         looked = time.monotonic()
         while True:
@@ -248,6 +258,15 @@ class GlooTransport(Transport):
             f"{who} of group {self.group.name!r} was lost while rank {self._me} waited for it in {call}: "
             f"{_shorten(error)}"
         ) from error
+
+
+def _wait_for(work: dist.Work | None, deadline: float) -> None:
+    assert work is not None
+    remaining = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+    try:
+        work.wait(remaining)
+    finally:
+        work = None  # an error would keep it
 
 
 def _describe(row: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 RANKS = 2
 SYSTEMS = ("ddp", "fsdp2", "deepspeed", "windlass")
 STAGES = ("0", "1", "2", "3")
+APART = "apart"  # the variant whose query, key and value are matrices of their own: another training by intent
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def list_muon_candidates(systems: Sequence[str], stages: Sequence[int]) -> list[
         script, precision = "windlass_zero.py", "bf16 weights"
         candidates += [Candidate("windlass", script, precision, stage, "bf16", "muon") for stage in stages]
         if 2 in stages:
-            candidates.append(Candidate("windlass", script, precision, 2, "apart", "muon"))
+            candidates.append(Candidate("windlass", script, precision, 2, APART, "muon"))
         candidates += [Candidate("windlass", script, precision, stage, "bf16") for stage in stages]
     return candidates
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peer_ranks import workload
-from peer_ranks.candidates import ALONE_MUON, FLOOR, PLAIN_MUON, RANKS, Candidate
+from peer_ranks.candidates import ALONE_MUON, APART, FLOOR, PLAIN_MUON, RANKS, Candidate
 from peer_ranks.launching import Run
 from peer_ranks.rows import CONTROL, LOSS_TOLERANCE
 from rich.box import SIMPLE_HEAD
@@ -108,7 +108,8 @@ def _make_row(
         [getattr(one, key) for phases in by_run for one in phases] for key in ("update_ms", "compute_ms", "step_ms")
     )
     apart = [_distances(run.losses, plain) for run in mine]
-    comparable = candidate.optimizer == "muon" and candidate not in (PLAIN_MUON, ALONE_MUON) and plain and alone
+    checks = candidate in (PLAIN_MUON, ALONE_MUON) or candidate.variant == APART
+    comparable = candidate.optimizer == "muon" and not checks and plain and alone
     over_floor = [
         statistics.median(one.step_ms for one in phases) / floors[run.round]
         for run, phases in zip(mine, by_run, strict=True)

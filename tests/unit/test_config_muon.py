@@ -102,6 +102,12 @@ def test_adams_mode_is_not_muons(value: Any) -> None:
             {"ns_method": "standard"},
             'optimizer.params.ns_method = "gram" contradicts muon.ns_method = "standard", remove one of them',
         ),
+        (
+            {"ns_method": "gram"},
+            {"ns_dtype": "bf16"},
+            'ns_method = "gram" is not safe with muon.ns_dtype = "bf16", whose rounding errors it lifts to singular '
+            'values, set muon.ns_dtype to "fp32" or "fp16", or leave it out',
+        ),
     ],
 )
 def test_each_mistake_has_its_sentence(params: Any, muon: dict[str, Any], sentence: str) -> None:

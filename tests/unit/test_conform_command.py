@@ -168,7 +168,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_run(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_nothing_behind(suite: ToySuite, number: signal.Signals) -> None:
     started = suite.folder / "started"
-    body = f"import os, time; open('{started}', 'w').write(str(os.getpid())); time.sleep(60)"
+    body = f"import os, time; open('{started}', 'w').write(str(os.getpid())); time.sleep(600)"
     suite.write("test_l0_one.py", ONE.format(body=body))
     program = (
         "from windlass.cli import main; from windlass.conformance import command; "
@@ -176,13 +176,13 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(suite: ToySuite, number: si
     )
     line = [sys.executable, "-c", program, "conform", "--accelerator", "toy"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (started.is_file() and started.read_text()):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
     assert (process.returncode, output, errors) == (1, "", "windlass: stopped\n")
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
