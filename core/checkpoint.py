@@ -100,13 +100,15 @@ def load_checkpoint(directory: Path, tag: str | None, state: ModelState) -> dict
     for entry in manifest["tensors"]:
         boxes.setdefault((entry["name"], entry["key"]), []).append(entry)
     _check_fit(boxes, state, path)
-    _tell_of_new_state(boxes, state, path)
+    anew = _find_new_state(boxes, state, path)
     for region in state.plan.regions:
         for placement in region.placements:
             for key in (WEIGHT, *state.moment_keys(region)):
-                found = boxes.get((placement.name, key))
-                if found is not None:
-                    state.write(placement.name, key, _read(path, found, _needed(state, region, key), placement.start))
+                if key != WEIGHT and placement.name in anew:
+                    state.write(placement.name, key, torch.zeros(placement.shape))
+                    continue
+                found = boxes[placement.name, key]
+                state.write(placement.name, key, _read(path, found, _needed(state, region, key), placement.start))
     covered = set(state.plan.placement_by_name)
     loose: dict[tuple[str, str], Tensor]
     loose = {(name, WEIGHT): one for name, one in state.module.named_parameters() if name not in covered}
@@ -118,7 +120,7 @@ def load_checkpoint(directory: Path, tag: str | None, state: ModelState) -> dict
                 tensor.copy_(_assemble(path, boxes[where], 0, total).view(tensor.shape))
     for name, count in manifest["steps"].items():
         if name in state.steps:
-            state.steps[name] = int(count)
+            state.steps[name] = 0 if name in anew else int(count)
     if manifest.get("rng_of", _kind(state.accelerator)) != _kind(state.accelerator):
         logger.info("random numbers do not continue: checkpoint %s is of %s", path, manifest["rng_of"])
     elif state.group.rank < len(manifest["rng"]):
@@ -205,8 +207,9 @@ def _check_fit(boxes: dict[tuple[str, str], list[dict[str, Any]]], state: ModelS
             raise ValueError(f"checkpoint {path} has {name!r} of shape {saved[name]}, the model wants {shape}")
 
 
-def _tell_of_new_state(boxes: Mapping[tuple[str, str], object], state: ModelState, path: Path) -> None:
-    """Parameters may have changed their optimizer: what it keeps begins at zero then, and their weights go on."""
+def _find_new_state(boxes: Mapping[tuple[str, str], object], state: ModelState, path: Path) -> set[str]:
+    """Parameters that were frozen, or had another optimizer: what it keeps begins at zero, and so does their count of
+    updates, from which bias correction follows; their weights go on."""
     missing = [
         placement.name
         for region in state.plan.regions
@@ -220,6 +223,7 @@ def _tell_of_new_state(boxes: Mapping[tuple[str, str], object], state: ModelStat
             len(missing),
             missing[0],
         )
+    return set(missing)
 
 
 def _needed(state: ModelState, region: Region, key: str) -> tuple[int, int]:

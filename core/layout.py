@@ -4,15 +4,16 @@
 to the shards with little padding, each lies whole inside one shard: its rank receives the whole gradient by the
 reduction that happens anyway, and nothing travels beyond that. Weights that are gathered unit by unit cannot wait for
 each other, so units are joined only where weights are resident. Where no such deal is found, parameters lie one after
-the other, the cuts fall where they fall, and update inputs travel to owners.
+the other, the cuts fall where they fall, and update inputs travel to owners. What AdamW updates lies in the regions of
+its own unit, joined or not.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from windlass.core.matrices import find_matrices
 from windlass.core.owners import pack_shards
@@ -44,9 +45,9 @@ def join_units(
     shards: int,
     uniform: bool,
     most: float = LARGEST_JOINT,  # elements
-) -> tuple[tuple[ParamSpec, ...], tuple[UnitSpec, ...]]:
+) -> tuple[dict[str, str], tuple[UnitSpec, ...]]:
     """Join neighbouring units until the matrices of each can be dealt whole; units for which that does not succeed
-    stay as they are. Only for plans whose weights are resident."""
+    stay as they are. Only for plans whose weights are resident. Returns which of them each unit went to, and them."""
     of_unit: dict[str, list[ParamSpec]] = defaultdict(list)
     for spec in specs:
         if spec.tied_to is None and spec.trainable and spec.algorithm == "muon" and not _deals_itself(spec, shards):
@@ -74,7 +75,7 @@ def join_units(
         )
         for group in joined
     )
-    return tuple(replace(spec, unit=names[spec.unit]) for spec in specs), made
+    return names, made
 
 
 def _join_rest(
@@ -101,11 +102,30 @@ def _joint_name(group: Sequence[UnitSpec]) -> str:
     return f"{group[0].name or 'root'}..{group[-1].name or 'root'}"
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """What the parameters of a region have in common."""
+
+    home: str  # the unit that they move with
+    unit: str  # what they lie with: their own unit, or, dealt to shards, the joint one
+    dtype: str
+    trainable: bool
+    algorithm: str
+    alone: str  # the name of a parameter that has a region of its own
+
+    def rank(self, homes: Mapping[str, int], units: Mapping[str, int]) -> tuple[int | str | bool, ...]:
+        """Where it comes in the order of regions."""
+        return (
+            homes[self.home], self.dtype, not self.trainable, self.algorithm, self.alone, units.get(self.unit, -1)
+        )  # fmt: skip
+
+
 def lay_out(
     specs: Sequence[ParamSpec],
     units: Sequence[UnitSpec],
     shards: int,
     *,
+    homes: Mapping[str, str],  # unit -> the joint unit that it is in, if any
     frozen: bool,  # frozen weights have regions too
     uniform: bool,
     gradient_dtype: Callable[[str], str],
@@ -113,36 +133,40 @@ def lay_out(
 ) -> tuple[Region, ...]:
     """All regions; parameters in order of group, then of definition, unless whole matrices are dealt."""
     order = {unit.name: index for index, unit in enumerate(units)}
-    buckets: dict[tuple[str, str, bool, str, str], list[ParamSpec]] = defaultdict(list)
+    first: dict[str, int] = {}  # of each home
+    for unit in units:
+        first.setdefault(homes.get(unit.name, unit.name), order[unit.name])
+    buckets: dict[_Bucket, list[ParamSpec]] = defaultdict(list)
     for spec in specs:
         # Frozen weights have no state to shard; only where all weights are sharded do they need a region.
         if spec.tied_to is None and (spec.trainable or frozen):
             algorithm = spec.algorithm if spec.trainable else "adamw"
             alone = spec.name if algorithm == "muon" and _deals_itself(spec, shards) else ""
-            buckets[spec.unit, spec.dtype, spec.trainable, algorithm, alone].append(spec)
+            home = homes.get(spec.unit, spec.unit)
+            beside = home if algorithm == "muon" else spec.unit
+            buckets[_Bucket(home, beside, spec.dtype, spec.trainable, algorithm, alone)].append(spec)
     regions = []
     loads = [0] * shards  # of Newton-Schulz, by rank
-    for (unit, dtype, trainable, algorithm, alone), members in sorted(
-        buckets.items(), key=lambda item: (order[item[0][0]], item[0][1], not item[0][2], item[0][3:])
-    ):
-        members = sorted(members, key=lambda one: one.group)
+    for key in sorted(buckets, key=lambda one: one.rank(first, order)):
+        members = sorted(buckets[key], key=lambda one: one.group)
         place = None
-        suffix = "" if trainable else "/frozen"
-        if algorithm == "muon":
-            suffix = f"/muon/{alone}" if alone else "/muon"
-            place = _place_stack(members[0], shards) if alone else _place_dealt(members, shards, uniform, loads, cost)
+        suffix = "" if key.trainable else "/frozen"
+        if key.algorithm == "muon":
+            suffix = f"/muon/{key.alone}" if key.alone else "/muon"
+            stack = bool(key.alone)
+            place = _place_stack(members[0], shards) if stack else _place_dealt(members, shards, uniform, loads, cost)
         placements, shard = place or _place_in_order(members, shards)
         regions.append(
             Region(
-                name=f"{unit or 'root'}/{dtype}{suffix}",
-                unit=unit,
-                dtype=dtype,
-                trainable=trainable,
+                name=f"{key.unit or 'root'}/{key.dtype}{suffix}",
+                unit=key.home,
+                dtype=key.dtype,
+                trainable=key.trainable,
                 placements=tuple(placements),
                 shard_numel=shard,
                 num_shards=shards,
-                gradient_dtype=gradient_dtype(dtype),
-                algorithm=algorithm,
+                gradient_dtype=gradient_dtype(key.dtype),
+                algorithm=key.algorithm,
             )
         )
     return tuple(regions)

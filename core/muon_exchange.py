@@ -24,6 +24,7 @@ from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
 
 TAG = "muon"
+_Batch = tuple[int, int, int]  # matrices, rows, columns
 
 
 class Directions(ABC):
@@ -35,28 +36,50 @@ class Directions(ABC):
         self.muon: MuonPlan = state.plan.muon
         self._issuer = issuer
         self._dtype = dtype_from_name(self.muon.rules.direction_dtype)
+        self._live: dict[int, Tensor] = {}  # what was allocated and not given back, by id
 
     @abstractmethod
     def find(self, inputs: Mapping[str, Tensor], touched: set[str]) -> None:
         """Of the parameters in `touched`, which is the same set on every rank. In place. A collective."""
+
+    def close(self) -> None:
+        """Give back what an update that failed has left."""
+        while self._live:
+            self.state.accelerator.memory.release(self._live.popitem()[1])
 
     def work_on(self, flat: Sequence[tuple[Matrix, Tensor]]) -> None:
         """Orthogonalise matrices in place, each given flat: equal shapes in one kernel call, a batch at a time."""
         by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for one, tensor in flat:
             by_shape[one.rows, one.columns].append(tensor)
+        batches: list[_Batch] = []
         for (rows, columns), tensors in by_shape.items():
             most = max(1, self.muon.batch_bytes // (rows * columns * self._dtype.itemsize))
-            for first in range(0, len(tensors), most):
-                self._issuer.run("directions", self._orthogonalise, (rows, columns), tensors[first : first + most])
+            batches += [(min(most, len(tensors) - first), rows, columns) for first in range(0, len(tensors), most)]
+        if batches:
+            tensors = [tensor for same in by_shape.values() for tensor in same]
+            self._issuer.run("directions", self._orthogonalise, tuple(batches), tensors)
 
-    def _orthogonalise(self, shape: tuple[int, int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _orthogonalise(self, batches: tuple[_Batch, ...], tensors: Sequence[Tensor]) -> list[Tensor]:
         """A function of its tensors, into which it writes; it may be captured."""
-        stack = torch.stack([tensor.view(shape) for tensor in tensors])
-        found = orthogonalise(stack, self.muon.form_of(*shape), self.muon.rules, self.state.accelerator)
-        for tensor, direction in zip(tensors, found.unbind(), strict=True):
-            tensor.copy_(direction.reshape(-1))
+        done = 0
+        for count, *shape in batches:
+            own = [tensor.view(1, *shape) for tensor in tensors[done : done + count]]
+            stack = own[0] if count == 1 else torch.cat(own)
+            found = orthogonalise(stack, self.muon.form_of(*shape), self.muon.rules, self.state.accelerator)
+            for tensor, direction in zip(own, found.split(1), strict=True):
+                tensor.copy_(direction)
+            done += count
         return []
+
+    def _allocate(self, numel: int, *, shared: bool = True) -> Tensor:
+        group = self.state.group if shared else None
+        tensor = self.state.accelerator.memory.empty((numel,), self._dtype, tag=TAG, shared=group)
+        self._live[id(tensor)] = tensor
+        return tensor
+
+    def _free(self, tensor: Tensor) -> None:
+        self.state.accelerator.memory.release(self._live.pop(id(tensor)), after=self.state.accelerator.streams.record())
 
     def _slice(self, inputs: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a region, which this rank holds."""
@@ -116,7 +139,7 @@ class ExchangedDirections(Directions):
         """This rank's matrices of the wave one after the other, orthogonalised."""
         flight.work.wait()
         numel = sum(one.numel for one in wave.matrices)
-        matrices = self.state.accelerator.memory.empty((numel,), self._dtype, tag=TAG)
+        matrices = self._allocate(numel, shared=False)
         for piece in wave.owned:
             size = piece.stop - piece.start
             matrices[piece.start : piece.stop].copy_(flight.received[piece.place : piece.place + size])
@@ -152,13 +175,6 @@ class ExchangedDirections(Directions):
             work = collectives.all_to_all(received[: sum(of)], sent[: sum(to)], of, to, self.state.group, tag=TAG)
         return _Flight(sent, received, work)
 
-    def _allocate(self, numel: int) -> Tensor:
-        memory = self.state.accelerator.memory
-        return memory.empty((numel,), self._dtype, tag=TAG, shared=self.state.group)
-
-    def _free(self, tensor: Tensor) -> None:
-        self.state.accelerator.memory.release(tensor, after=self.state.accelerator.streams.record())
-
     def _release(self, flight: _Flight) -> None:
         self._free(flight.sent)
         self._free(flight.received)
@@ -184,12 +200,11 @@ class SharedDirections(Directions):
         shared = [one for one in present if one.owner != EVERYONE]
         if group.size == 1 or not shared:
             return
-        memory = self.state.accelerator.memory
         by_rank: list[list[Matrix]] = [[] for _ in range(group.size)]
         for one in shared:
             by_rank[one.owner].append(one)
         largest = max(sum(one.numel for one in part) for part in by_rank)
-        everything = memory.empty((group.size * largest,), self._dtype, tag=TAG, shared=group)
+        everything = self._allocate(group.size * largest)
         mine = everything[group.rank * largest : (group.rank + 1) * largest]
         position = 0
         for _, direction in self._whole(inputs, [one.index for one in by_rank[group.rank]]):
@@ -202,7 +217,7 @@ class SharedDirections(Directions):
             for one, direction in self._whole(inputs, [one.index for one in part]) if rank != group.rank else ():
                 direction.copy_(everything[position : position + one.numel])
                 position += one.numel
-        memory.release(everything, after=self.state.accelerator.streams.record())
+        self._free(everything)
 
 
 def open_directions(state: ModelState, issuer: Issuer) -> Directions:

@@ -37,7 +37,9 @@ def describe_muon(plan: Plan, muon: MuonPlan) -> list[str]:
             if any(received):
                 lines.append(f"  {title:<12}{_describe_received(received)}, in {rules.direction_dtype}")
     if muon.waves:
-        lines.append(f"  a wave      of up to {format_bytes(costs.wave_bytes)} of matrices on a rank, two at a time")
+        lines.append(
+            f"  a wave      of up to {format_bytes(costs.wave_bytes)} of matrices on a rank, up to three at a time"
+        )
     return lines
 
 

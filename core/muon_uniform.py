@@ -7,7 +7,6 @@ skipped, everything runs with `keep` false, and orthogonalises zeros. So it does
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +145,7 @@ class UniformMuonUpdate:
             if one is None or one.name not in touched:
                 key.append((0, 0, 0))  # padding here, a parameter on another rank; or to be left alone
             else:
-                seed = make_noise_seed(self._state.plan, zlib.crc32(one.name.encode()))
+                seed = make_noise_seed(self._state.plan, one.name)
                 key.append((seed, first + part.start - one.start, cohorts.index(steps.cohort(one.name))))
         seeds = self._seeds.get(region.name)
         if seeds is None or (seeds.cohorts, seeds.key) != (cohorts, tuple(key)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,6 +33,7 @@ class MuonUpdate:
         self._narrow = self._muon.rules.momentum_dtype != "float32"
         self._parts: dict[str, list[_Part]] = {}  # of what was touched last
         self._parts_of: set[str] | None = None
+        self._inputs: dict[str, Tensor] = {}  # of the update under way, by region
         self._kept: dict[str, Tensor] = {}  # inputs and directions by region, where a captured update finds them again
 
     def apply(
@@ -48,15 +48,19 @@ class MuonUpdate:
         gradient_scale = unscale * verdict.factor if self._muon.rules.clip == "pre" else unscale
         settings = [one if isinstance(one, MuonSettings) else None for one in groups]
         regions = [region for region in self._regions if any(one.name in touched for one in region.placements)]
-        inputs = {region.name: self._allocate(region) for region in regions}
+        inputs = self._inputs
+        for region in regions:
+            inputs[region.name] = self._allocate(region)
         keep = self._issuer.keep("keep", verdict.keep)
         self._blend(regions, settings, touched, inputs, gradient_scale, keep, gradient_of)
         self._directions.find(inputs, touched)
         self._apply(regions, settings, touched, inputs, keep)
-        self._free(inputs)
+        self._free()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, also what an update that failed has left."""
+        self._directions.close()
+        self._free()
         while self._kept:
             self._state.accelerator.memory.release(self._kept.popitem()[1])
 
@@ -70,8 +74,9 @@ class MuonUpdate:
             self._kept[region.name] = made
         return made
 
-    def _free(self, inputs: dict[str, Tensor]) -> None:
-        for name, tensor in inputs.items():
+    def _free(self) -> None:
+        while self._inputs:
+            name, tensor = self._inputs.popitem()
             if name not in self._kept:
                 self._state.accelerator.memory.release(tensor, after=self._state.accelerator.streams.record())
 
@@ -120,7 +125,7 @@ class MuonUpdate:
         for one in region.placements:
             start, stop = max(one.start, bounds[0]), min(one.stop, bounds[1])
             if one.name in touched and start < stop:
-                seed = make_noise_seed(self._state.plan, zlib.crc32(one.name.encode()))
+                seed = make_noise_seed(self._state.plan, one.name)
                 count = self._state.steps.next_count(self._state.steps.cohort(one.name))
                 yield start, stop, one.group, [seed + int(count), start - one.start]
 

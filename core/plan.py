@@ -39,7 +39,9 @@ class Placement:
 class Region:
     """A flat buffer of one unit's parameters of one dtype, cut into equal shards, one per rank.
 
-    The layout is the same at every ZeRO stage and for every bucket size: that is why the stages agree to the bit.
+    What AdamW updates is laid out in the same way at every ZeRO stage: that is why the stages agree to the bit. Whole
+    matrices, which Muon needs, are dealt to shards where that takes little padding, so their places may depend on the
+    number of ranks and on the stage.
     """
 
     name: str

@@ -60,13 +60,16 @@ def make_plan(specs: Sequence[ParamSpec], units: Sequence[UnitSpec], mesh: Mesh,
         issue="captured" if settings.capture_update else "anew",
     )
     shards, table = mesh.size("shard"), FormTable(settings.muon or MuonRules())
+    homes: dict[str, str] = {}
+    own_units = units
     if settings.muon is not None and rules.weights == "resident":
         most = math.inf if rules.reduce_at == "boundary" else LARGEST_JOINT  # gradients wait for each other anyway
-        specs, units = join_units(specs, units, shards, settings.uniform_program, most)
+        homes, units = join_units(specs, units, shards, settings.uniform_program, most)
     regions = lay_out(
         specs,
-        units,
+        own_units,
         shards,
+        homes=homes,
         frozen=rules.weights == "gathered",
         uniform=settings.uniform_program,
         gradient_dtype=lambda dtype: _gradient_dtype(dtype, settings, rules),

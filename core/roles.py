@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Role(enum.StrEnum):
@@ -130,6 +131,7 @@ def _is_stack(owner: nn.Module, shape: tuple[int, ...]) -> bool:
         and min(shape) > 1
         and not known
         and not isinstance(owner, (*_NORMS, *_CONVOLUTIONS, *_EMBEDDINGS, nn.Bilinear, nn.RNNBase))
+        and not isinstance(owner, ParametrizationList)  # parts from which another module's weight is made
     )
 
 

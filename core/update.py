@@ -27,9 +27,6 @@ class _Call:
     with_low: tuple[bool, ...]
 
 
-_OTHER = AdamWSettings(lr=0.0)  # in the place of groups that other algorithms update
-
-
 class Update:
     """One update; `gradient_of` gives the gradient of `state.owned_bounds(region)`."""
 
@@ -44,25 +41,29 @@ class Update:
     ) -> None:
         self._state = state
         self._issuer = issuer
-        self._groups = [one if isinstance(one, AdamWSettings) else _OTHER for one in groups]
+        self._groups = groups
         self._touched = touched
         self._gradient_scale = gradient_scale
         self._keep = keep
-        self._regions = [  # with their place among the trainable ones
-            (index, region)
-            for index, region in enumerate(one for one in state.plan.regions if one.trainable)
-            if region.algorithm == "adamw"
-        ]
+        self._regions = [one for one in state.plan.regions if one.trainable and one.algorithm == "adamw"]
         self._narrow = state.plan.moment_dtype != "float32"
         self._scalars: dict[tuple[int, int], Tensor] = {}  # by group and cohort, where programs are uniform
 
     def apply(self, gradient_of: Callable[[Region], Tensor]) -> None:
         """Update everything that was touched."""
         if self._state.plan.rules.program == "uniform":
-            for index, region in self._regions:
-                self._select(index, region, gradient_of(region), self._given(region))
+            for region in self._regions:
+                self._select(region, gradient_of(region), self._given(region))
         else:
             self._update_stretches(gradient_of)
+
+    def _settings(self, group: int) -> AdamWSettings:
+        settings = self._groups[group]
+        if not isinstance(settings, AdamWSettings):
+            raise TypeError(
+                f"parameter group {group} has the settings of another algorithm, but AdamW updates its members"
+            )
+        return settings
 
     def _given(self, region: Region) -> _Given:
         moments = self._state.moments[region.name]
@@ -73,17 +74,18 @@ class Update:
     def _update_stretches(self, gradient_of: Callable[[Region], Tensor]) -> None:
         """The stretches of all regions in one call, their numbers in one vector that goes to the device once."""
         found = [
-            (index, region, stretch)
-            for index, region in self._regions
+            (region, stretch)
+            for region in self._regions
             for stretch in find_stretches(region, self._state.owned_bounds(region), self._state.steps, self._touched)
         ]
-        found.sort(key=lambda one: not self._groups[one[2].group].decoupled)  # one call for each, the order within kept
+        # one call for each of both, the order within kept
+        found.sort(key=lambda one: not self._settings(one[1].group).decoupled)
         if not found:
             return
-        kinds = list(dict.fromkeys((stretch.group, stretch.cohort) for _, _, stretch in found))
+        kinds = list(dict.fromkeys((stretch.group, stretch.cohort) for _, stretch in found))
         counts = [self._count(cohort) for _, cohort in kinds]
         scalars = torch.stack(
-            [scalars_for(self._groups[kind[0]], count) for kind, count in zip(kinds, counts, strict=True)]
+            [scalars_for(self._settings(kind[0]), count) for kind, count in zip(kinds, counts, strict=True)]
         )
         tensors = [
             self._issuer.keep("scalars", scalars),
@@ -92,15 +94,15 @@ class Update:
         ]
         if self._narrow:
             noise = [
-                [make_noise_seed(self._state.plan, index) + self._count(stretch.cohort), stretch.start]
-                for index, _, stretch in found
+                [make_noise_seed(self._state.plan, region.name) + self._count(stretch.cohort), stretch.start]
+                for region, stretch in found
             ]
             tensors.append(self._issuer.keep("noise", torch.tensor(noise, dtype=torch.int64)))
         structure = []
         for decoupled in (True, False):
-            chosen = [one for one in found if self._groups[one[2].group].decoupled == decoupled]
-            parts = [self._part(region, stretch, gradient_of(region)) for _, region, stretch in chosen]
-            rows = tuple(kinds.index((stretch.group, stretch.cohort)) for _, _, stretch in chosen)
+            chosen = [one for one in found if self._settings(one[1].group).decoupled == decoupled]
+            parts = [self._part(region, stretch, gradient_of(region)) for region, stretch in chosen]
+            rows = tuple(kinds.index((stretch.group, stretch.cohort)) for _, stretch in chosen)
             if parts:
                 structure.append(_Call(decoupled, rows, tuple(part[-1] is not None for part in parts)))
                 tensors += [one for part in parts for one in part if one is not None]
@@ -148,14 +150,14 @@ class Update:
 
     # -- where programs must be equal on all ranks -------------------------------------------------------------
 
-    def _select(self, index: int, region: Region, gradient: Tensor, given: _Given) -> None:
+    def _select(self, region: Region, gradient: Tensor, given: _Given) -> None:
         """A call over all of the owned part for each group and cohort, from which a mask takes what it is for. Most
         regions have one of each, and need no mask."""
         placements = [(one, (one.group, self._state.steps.cohort(one.name))) for one in region.placements]
         kinds = sorted({kind for one, kind in placements if one.name in self._touched})
         untouched = [one for one in region.placements if one.name not in self._touched and one.numel]
         if len(kinds) == 1 and not untouched:
-            _write(given, self._call(*kinds[0], index, region, gradient, given))
+            _write(given, self._call(*kinds[0], region, gradient, given))
             return
         selected = given
         ranges = [
@@ -165,12 +167,12 @@ class Update:
         for kind, mask in zip(kinds, self._state.masks(region, "update", ranges), strict=True):
             weight, exp_avg, exp_avg_sq, low = given
             copies = (weight.clone(), exp_avg.clone(), exp_avg_sq.clone(), None if low is None else low.clone())
-            after = self._call(*kind, index, region, gradient, copies)
+            after = self._call(*kind, region, gradient, copies)
             selected = _choose(mask, after, selected)
         _write(given, selected)
 
-    def _call(self, group: int, cohort: int, index: int, region: Region, gradient: Tensor, given: _Given) -> _Given:
-        state, settings = self._state, self._groups[group]
+    def _call(self, group: int, cohort: int, region: Region, gradient: Tensor, given: _Given) -> _Given:
+        state, settings = self._state, self._settings(group)
         count = state.steps.next_count(cohort)
         assert isinstance(count, Tensor)
         if (group, cohort) not in self._scalars:
@@ -184,7 +186,7 @@ class Update:
         if not self._narrow:
             results = kernels["adamw"](*vectors, decoupled=settings.decoupled)
             return results
-        seed = make_noise_seed(state.plan, index)
+        seed = make_noise_seed(state.plan, region.name)
         # Where the owned part begins depends on the rank, so it is data and no part of the program.
         place = torch.tensor([seed, state.owned_bounds(region)[0]], dtype=torch.int64).to(count.device)
         noise = torch.stack([place[0] + count.to(torch.int64), place[1]])

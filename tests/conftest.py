@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     for name in [name for name in os.environ if name.startswith("WINDLASS_") or name in launcher]:
         del os.environ[name]
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have their parent's
+        folder = tempfile.TemporaryDirectory(prefix="windlass-cache-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name  # nothing depends on what was measured in earlier runs
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,6 +67,7 @@ def load_for_another_optimizer(folder: str, stage: int, more: dict[str, Any]) ->
     listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("windlass")
     with start(stage, **more) as engine:
+        train_engine(engine, 1, first=90)  # so that there is something to forget
         level = logger.level
         logger.addHandler(listener)
         logger.setLevel(logging.INFO)

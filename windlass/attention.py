@@ -78,11 +78,17 @@ def find_largest_logits(
     rows: int = QUERIES_AT_A_TIME,
 ) -> Tensor:  # [heads] fp32
     """The largest logit q.k * scale of each head where queries meet keys; -inf where none do."""
-    heads, queries, size = query.shape[-3:]
-    key_heads, keys = key.shape[-3], key.shape[-2]
-    per_key = heads // key_heads
     if query.dtype is torch.float16:
         query, key = query.float(), key.float()
+    with torch.autocast(query.device.type, enabled=False):  # it would round products to its dtype again
+        return _find_largest(query, key, causal, mask, scale, at_a_time, rows)
+
+
+def _find_largest(
+    query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, scale: float | None, at_a_time: int, rows: int
+) -> Tensor:
+    heads, queries, size = query.shape[-3:]
+    keys, per_key = key.shape[-2], heads // key.shape[-3]
     grouped = query.reshape(-1, per_key, queries, size)  # a key head of a sample, and the query heads that read it
     turned = key.reshape(-1, keys, size).transpose(-1, -2)
     if mask is not None:

@@ -77,9 +77,10 @@ def _default_decay(name: str, keys: SortedKeys) -> float:
 
 
 def _resolve_muon_params(given: GivenMuonParams, keys: SortedKeys) -> MuonParams:
-    """`muon_lr` and `adam_lr` are `lr` unless they are given."""
+    """`muon_lr` and `adam_lr` are `lr` unless they are given; if they are one and `lr` is not, it is that one."""
+    alike = given.muon_lr is not None and given.muon_lr == given.adam_lr
     return MuonParams(
-        lr=given.lr,
+        lr=given.muon_lr if alike and given.muon_lr and "lr" not in given.model_fields_set else given.lr,
         muon_lr=given.lr if given.muon_lr is None else given.muon_lr,
         adam_lr=given.lr if given.adam_lr is None else given.adam_lr,
         momentum=given.momentum,

@@ -70,6 +70,8 @@ class Engine:
         self.executor = self._execute(self._agree_on_plan())
         self.lr_scheduler = build_scheduler(config, self.optimizer, lr_scheduler)
         self._tell(config.messages)
+        if config.optimizer.type == "muon" and self.plan.muon is None:
+            self._tell(["warning: Muon updates nothing yet: all the matrices that it is for are frozen"])
         if config.capture_update and (reason := why_not_captured(accelerator.capabilities)):
             self._tell([f"warning: capture_update has no effect on {accelerator.name}: {reason}; results are the same"])
         self._state_dict_hooks = [

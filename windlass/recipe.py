@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def default_optimizer(model: str, optimizer: str) -> dict[str, Any]:
     defaults = _DEFAULTS[model]
     shared = {"betas": [0.9, 0.95], "weight_decay": 0.1}
     if optimizer == "muon":
-        return {"type": "Muon", "params": {"muon_lr": defaults.muon_lr, "adam_lr": defaults.adam_lr, **shared}}
+        rates = {"lr": defaults.muon_lr, "muon_lr": defaults.muon_lr, "adam_lr": defaults.adam_lr}
+        return {"type": "Muon", "params": {**rates, **shared}}
     return {"type": "AdamW", "params": {"lr": defaults.lr, **shared}}
 
 
@@ -128,7 +129,8 @@ def resolve_config(options: TrainOptions, num_ranks: int, matmul_dtypes: Sequenc
     if wanted in (None, config.optimizer.type):
         return config
     _, content = read_source(options.config)
-    if "optimizer" not in content and wanted in OPTIMIZERS:
+    section = content.get("optimizer") or {}
+    if isinstance(section, Mapping) and section.get("type") in (None, "auto") and wanted in OPTIMIZERS:
         return load({**content, "optimizer": default_optimizer(options.model, wanted)})
     who = f"--optimizer {options.optimizer}" if asked else f"the run in {options.out}, begun with {begun},"
     raise ValueError(

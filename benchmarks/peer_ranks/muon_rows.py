@@ -180,10 +180,15 @@ def make_muon_table(rows: Sequence[MuonRow]) -> Table:
 
 
 def judge_goals(rows: Sequence[MuonRow]) -> list[str]:
-    """A line for each row of windlass with Muon: what it reached of the two goals."""
+    """A line for each row of windlass with Muon that trains what the peers do: what it reached of the two goals."""
     lines = []
     for row in rows:
-        if row.name.startswith("windlass-muon") and row.update_ms is not None and row.over_floor is not None:
+        if (
+            row.name.startswith("windlass-muon")
+            and row.losses_agree
+            and row.update_ms is not None
+            and row.over_floor is not None
+        ):
             update = "reached" if row.update_ms <= UPDATE_GOAL_MS else "missed"
             step = "reached" if row.over_floor < STEP_GOAL else "missed"
             lines.append(

@@ -48,6 +48,7 @@ def test_another_optimizer_goes_on_with_the_weights(tmp_path: Path) -> None:
     by_muon = [name for name, moments in loaded["moments"].items() if "momentum" in moments]
     assert by_muon
     assert not any(loaded["moments"][name]["momentum"].any() for name in by_muon)
+    assert {loaded["moments"][name]["step"] for name in by_muon} == {0}
     rest = [name for name in saved["moments"] if name not in by_muon]
     assert saving.same({n: loaded["moments"][n] for n in rest}, {n: saved["moments"][n] for n in rest})
     assert told == [

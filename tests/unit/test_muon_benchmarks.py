@@ -65,7 +65,7 @@ def test_muons_rows_hold_times_over_the_floor_and_judge_losses(compared: dict[st
 
 def test_goals_are_judged_for_windlass_with_muon_alone(compared: dict[str, Any]) -> None:
     lines = module("peer_ranks.muon_rows").judge_goals(list(compared.values()))
-    assert [line.partition(":")[0] for line in lines] == ["windlass-muon-bf16-2", "windlass-muon-apart-2"]
+    assert [line.partition(":")[0] for line in lines] == ["windlass-muon-bf16-2"]
     assert all("update 400 ms of 420, reached; step 1.27 of 1.5 floors, reached" in line for line in lines)
     slow = dataclasses.replace(compared["windlass-muon-bf16-2"], update_ms=421.0, over_floor=1.5)
     (line,) = module("peer_ranks.muon_rows").judge_goals([slow])

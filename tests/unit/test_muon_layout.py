@@ -98,9 +98,21 @@ def test_units_are_joined_until_their_matrices_can_be_dealt() -> None:
     joined = plan_of(specs, units, 2, 4, False)
     assert [unit.name for unit in joined.units] == ["layer0..layer3", "layer4..layer7"]
     assert [unit.users for unit in joined.units][1] == ("layer4", "layer5", "layer6", "layer7")
-    assert [len(region.placements) for region in joined.regions] == [4, 4, 4, 4]  # biases, and matrices
-    assert [len(unit.regions) for unit in joined.units] == [2, 2]
+    assert [len(region.placements) for region in joined.regions] == [1, 1, 1, 1, 4] * 2  # biases, and matrices
+    assert [len(unit.regions) for unit in joined.units] == [5, 5]
     assert len(plan_of(specs, units, 3, 4, False).units) == 8  # gathered weights do not wait for each other
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 4), (2, 4), (2, 8), (3, 4)])
+def test_what_adamw_updates_lies_as_on_one_rank(stage: int, ranks: int) -> None:
+    """Joined units or not: the noise of 16-bit moments goes by these places."""
+    specs, units = make_gpt(*GPT2)
+
+    def places(stage: int, ranks: int) -> dict[str, tuple[str, int]]:
+        regions = plan_of(specs, units, stage, ranks, uniform=False).regions
+        return {p.name: (r.name, p.start) for r in regions if r.algorithm == "adamw" for p in r.placements}
+
+    assert places(stage, ranks) == places(1, 1)
 
 
 def test_what_is_left_over_joins_the_units_before_it() -> None:

@@ -96,7 +96,7 @@ def test_rates_of_the_recipe_are_those_of_the_page() -> None:
     for model, cells in shown.items():
         for optimizer, cell in zip(OPTIMIZERS, cells, strict=True):
             params = default_config(model, 300, 1, optimizer=optimizer)["optimizer"]["params"]
-            rates = [value for key, value in params.items() if key.endswith("lr")]
+            rates = [params[key] for key in (["muon_lr", "adam_lr"] if optimizer == "muon" else ["lr"])]
             assert [float(word) for word in cell.removesuffix(", not tried").split(" / ")] == rates
 
 

@@ -271,3 +271,10 @@ def test_a_module_under_two_names_has_both() -> None:
     model = nn.ModuleDict({"one": layer, "two": layer})
     assert set(find_roles(model)) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert named(model, Role.MATRIX) == {"one.weight", "two.weight"}
+
+
+def test_parts_of_a_parametrized_weight_are_nothing_that_is_known() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 16, 3)), nn.Linear(16, 16))
+    parts = {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"}
+    assert named(model, Role.OTHER) == parts
+    assert named(model, Role.MATRIX) == {"1.weight"}
