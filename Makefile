@@ -107,7 +107,7 @@ bench-gpu: $(GPU_INSTALLED)
 
 # Most of its time goes into compiling, on every rank anew: XLA's CPU cannot keep programs for the next process. Without
 # optimisation that takes half as long. Kernels are tested with it too, since it decides how products and sums are rounded.
-# Its parts may run side by side (make -j2), each being slow for its own reasons.
+# Its parts may run side by side (make -j2) where there are cores for it: XLA's CPU gives replicas some seconds to meet.
 test-xla: test-xla-backend test-xla-levels
 
 test-xla-backend test-xla-levels: export PJRT_DEVICE ?= CPU

@@ -68,8 +68,15 @@ def find_tensors() -> list[Tensor]:
     import torch_xla
 
     # `type` and not isinstance, which would wake lazy proxies of other packages
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.device.type == DEVICE_TYPE]
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and _is_ours(one)]
     return sorted(tensors, key=torch_xla._XLAC._xla_get_tensor_id)
+
+
+def _is_ours(tensor: Tensor) -> bool:
+    try:
+        return tensor.device.type == DEVICE_TYPE
+    except RuntimeError:  # an undefined one, as autograd leaves behind, has no device
+        return False
 
 
 def compare_programs(host: Transport, group: Group, where: str) -> None:
