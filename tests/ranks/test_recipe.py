@@ -111,9 +111,9 @@ def test_optimizer_is_who_says_so_first(
     assert chosen.type == expected
     if expected == "muon" and not content:  # nobody gave rates: the recipe's own
         given = default_config("nano", 1, 1, optimizer="muon")["optimizer"]["params"]
-        assert chosen.params == MuonParams(
-            muon_lr=given["muon_lr"], adam_lr=given["adam_lr"], betas=(0.9, 0.95), weight_decay=0.1
-        )
+        rates = {key: given[key] for key in ("lr", "muon_lr", "adam_lr")}
+        assert rates["lr"] == rates["muon_lr"]  # what the single rates of a schedule stand for
+        assert chosen.params == MuonParams(**rates, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 @pytest.mark.parametrize(
