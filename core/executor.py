@@ -163,13 +163,15 @@ class Executor:
         self.phase = Phase.CHECKED
         if self.plan.rules.update == "replicated":
             self.gradients.share_replicas()
+        clipped = unscale * verdict.factor
         if touched:
-            update = Update(self.state, self._issuer, groups, touched, unscale * verdict.factor, verdict.keep)
+            update = Update(self.state, self._issuer, groups, touched, clipped, verdict.keep)
             update.apply(self.gradients.for_update)
         # What is void needs no work where the host knows it; elsewhere ranks that have touched nothing join in too.
         if uniform or (touched and outcome.read().finite):
             if self._muon is not None:
-                self._muon.apply(groups, touched, unscale, verdict, self.gradients.for_update)
+                scale = clipped if self._muon.clips else unscale
+                self._muon.apply(groups, touched, scale, verdict.keep, self.gradients.for_update)
             if self._qk_clip is not None:
                 self._qk_clip.apply(verdict.keep)
         if touched:

@@ -22,6 +22,8 @@ from windlass.core.specs import dtype_from_name
 Scale = Literal["rms", "original", "spectral"]
 Clip = Literal["pre", "off"]
 MOMENTUM = "momentum"
+TAG = "muon"
+"""Of what Muon allocates and sends."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class MuonRules:
     clip: Clip = "pre"
     nesterov: bool = True
     momentum_dtype: str = "float32"  # or bfloat16, rounded stochastically
+
+
+def require_muon(settings: object) -> MuonSettings:
+    """The settings of a group that Muon updates; TypeError for those of another algorithm."""
+    if not isinstance(settings, MuonSettings):
+        raise TypeError("a parameter that Muon updates is in a group with the settings of AdamW")
+    return settings
 
 
 def update_scale(rows: int, columns: int, scale: Scale) -> float:

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from windlass.accelerator.interface import Work
 from windlass.core.captured import Issuer
-from windlass.core.muon import orthogonalise
+from windlass.core.muon import TAG, orthogonalise
 from windlass.core.muon_plan import EVERYONE, Matrix, MuonPlan
 from windlass.core.muon_waves import Wave, cut_wave
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
 
-TAG = "muon"
 _Batch = tuple[int, int, int]  # matrices, rows, columns
 
 
@@ -54,7 +53,7 @@ class Directions(ABC):
             by_shape[one.rows, one.columns].append(tensor)
         batches: list[_Batch] = []
         for (rows, columns), tensors in by_shape.items():
-            most = max(1, self.muon.batch_bytes // (rows * columns * self._dtype.itemsize))
+            most = self.muon.batch_size(rows * columns)
             batches += [(min(most, len(tensors) - first), rows, columns) for first in range(0, len(tensors), most)]
         if batches:
             tensors = [tensor for same in by_shape.values() for tensor in same]

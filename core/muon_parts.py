@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from windlass.core.kernel_results import keep_results
 from windlass.core.plan import Region
 from windlass.core.state import ModelState, Ranges
 
@@ -96,9 +97,7 @@ def run_parts(
             apart = [here[number] for number in written]
             pieces.append(apart if part.kind is None else call(index, _copy(here, written)))
         results = [_join(same) for same in zip(*pieces, strict=True)]
-    for destination, result in zip(own, results, strict=True):
-        if destination is not None and result is not None and result is not destination:
-            destination.copy_(result)
+    keep_results(own, results)
 
 
 def _copy(vectors: Sequence[Tensor | None], written: Sequence[int]) -> Vectors:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from windlass.accelerator.polar import Form
 from windlass.core.muon import MuonRules
 from windlass.core.qk_clip_plan import QKClipPlan
+from windlass.core.specs import dtype_from_name
 
 EVERYONE = -1
 """The owner of a matrix that every rank orthogonalises for itself."""
@@ -88,12 +89,7 @@ class MuonPlan:
     @cached_property
     def each(self) -> tuple[Matrix, ...]:
         """Every matrix by itself, in order of index."""
-        singles: list[Matrix] = []
-        for many in self.matrices:
-            for place, owner in enumerate(many.owners):
-                start = many.start + place * many.stride
-                singles.append(Matrix(len(singles), many.name, many.region, start, many.rows, many.columns, owner))
-        return tuple(singles)
+        return number_matrices(self.matrices)
 
     @cached_property
     def local(self) -> tuple[int, ...]:
@@ -109,6 +105,20 @@ class MuonPlan:
     def form_of(self, rows: int, columns: int) -> Form:
         """How matrices of this shape are orthogonalised."""
         return self.forms[shape_key(rows, columns)]
+
+    def batch_size(self, numel: int) -> int:
+        """How many matrices of `numel` elements one kernel call orthogonalises."""
+        return max(1, self.batch_bytes // (numel * dtype_from_name(self.rules.direction_dtype).itemsize))
+
+
+def number_matrices(matrices: Iterable[Matrices]) -> tuple[Matrix, ...]:
+    """Every matrix by itself, in order."""
+    singles: list[Matrix] = []
+    for many in matrices:
+        for place, owner in enumerate(many.owners):
+            start = many.start + place * many.stride
+            singles.append(Matrix(len(singles), many.name, many.region, start, many.rows, many.columns, owner))
+    return tuple(singles)
 
 
 def shape_key(rows: int, columns: int) -> str:

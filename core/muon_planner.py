@@ -16,6 +16,7 @@ from windlass.core.plan import Region, Rules
 from windlass.core.specs import ParamSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_Run = tuple[Region, str, int, MatrixRun]
 _ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FLOPS_PER_BYTE = {"float32": 200.0, "bfloat16": 2000.0, "float16": 2000.0}
 """Of matrix products that take as long as receiving a byte: 20 on a host to 4000 on an accelerator on a network, so it
@@ -82,14 +83,7 @@ def plan_muon(
     costs: MuonCosts,
 ) -> MuonPlan:
     """Find every matrix, its owner and its wave."""
-    by_name = {spec.name: spec for spec in specs}
-    runs = [
-        (region, placement.name, placement.start + run.start, run)
-        for region in regions
-        if region.algorithm == "muon"
-        for placement in region.placements
-        for run in find_matrices(by_name[placement.name])
-    ]
+    runs = find_runs(specs, regions)
     shards = regions[0].num_shards
     if rules.update == "replicated":
         owners = _share_work(runs, table, shards, muon, costs)
@@ -111,7 +105,16 @@ def plan_muon(
     return MuonPlan(muon, dict(sorted(table.forms.items())), matrices, waves, costs.wave_bytes, prediction)
 
 
-_Run = tuple[Region, str, int, MatrixRun]
+def find_runs(specs: Sequence[ParamSpec], regions: Sequence[Region]) -> list[_Run]:
+    """Every run of matrices: region, parameter, first element in the region."""
+    by_name = {spec.name: spec for spec in specs}
+    return [
+        (region, placement.name, placement.start + run.start, run)
+        for region in regions
+        if region.algorithm == "muon"
+        for placement in region.placements
+        for run in find_matrices(by_name[placement.name])
+    ]
 
 
 def _share_work(

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from windlass.core.muon import orthogonalise
+from windlass.core.muon import TAG, orthogonalise
 from windlass.core.muon_tables import Stack, StackLayout, StackTables, make_tables
 from windlass.core.muon_uniform_planner import Slot, divide_work
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
 
-TAG = "muon"
 _Place = tuple[str, Slot]  # region, slot
 
 
@@ -107,7 +106,7 @@ class StackedDirections:
 
     def _batches(self, count: int, numel: int) -> list[slice]:
         """Of equal matrices that one kernel call takes."""
-        most = max(1, self._muon.batch_bytes // (numel * self._dtype.itemsize))
+        most = self._muon.batch_size(numel)
         return [slice(first, min(first + most, count)) for first in range(0, count, most)]
 
     def _work_on(self, matrices: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,15 +15,22 @@ import torch
 from torch import Tensor
 
 from windlass.core.adamw import AdamWSettings
-from windlass.core.muon import MOMENTUM, MuonSettings, decay_scalars, momentum_scalars, update_scale
+from windlass.core.muon import (
+    MOMENTUM,
+    TAG,
+    MuonSettings,
+    decay_scalars,
+    momentum_scalars,
+    require_muon,
+    update_scale,
+)
 from windlass.core.muon_parts import Found, Kind, Part, Vectors, cut_alike, mask_apart, run_parts
 from windlass.core.muon_plan import Matrix
-from windlass.core.muon_stacks import TAG, StackedDirections
+from windlass.core.muon_stacks import StackedDirections
 from windlass.core.noise_seeds import make_noise_seed
 from windlass.core.plan import Region
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
-from windlass.core.statistics import Verdict
 
 _Rows = Mapping[Kind, Tensor]  # the numbers that a kernel reads, by kind
 
@@ -48,6 +55,7 @@ class UniformMuonUpdate:
         self._directions = StackedDirections(state)
         self._regions = [region for region in state.plan.regions if region.algorithm == "muon"]
         self._narrow = self._muon.rules.momentum_dtype != "float32"
+        self.clips = self._muon.rules.clip == "pre"  # its gradients are clipped as all are
         self._matrices: dict[str, list[Matrix]] = {region.name: [] for region in self._regions}
         for one in self._muon.each:
             self._matrices[one.region].append(one)
@@ -58,18 +66,17 @@ class UniformMuonUpdate:
         self,
         groups: Sequence[AdamWSettings | MuonSettings],
         touched: set[str],
-        unscale: Tensor,  # [] fp32: what makes a sum over ranks the mean gradient
-        verdict: Verdict,
+        gradient_scale: Tensor,  # [] fp32
+        keep: Tensor,  # [] bool
         gradient_of: Callable[[Region], Tensor],
     ) -> None:
         """Update what was touched. A collective, on ranks that have touched nothing too."""
         memory, streams = self._state.accelerator.memory, self._state.accelerator.streams
-        gradient_scale = unscale * verdict.factor if self._muon.rules.clip == "pre" else unscale
         dtype = dtype_from_name(self._muon.rules.direction_dtype)
         inputs = {one.name: memory.empty((self._held(one),), dtype, tag=TAG).zero_() for one in self._regions}
-        self._blend(groups, touched, inputs, gradient_scale, verdict.keep, gradient_of)
+        self._blend(groups, touched, inputs, gradient_scale, keep, gradient_of)
         directions = self._directions.find(inputs)
-        self._apply(groups, touched, directions, verdict.keep)
+        self._apply(groups, touched, directions, keep)
         for tensor in inputs.values():
             memory.release(tensor, after=streams.record())
 
@@ -90,7 +97,7 @@ class UniformMuonUpdate:
         cut = self._cut_noisy if self._narrow else self._cut_groups
         planned = {region.name: self._plan_parts("blend", region, touched, cut) for region in self._regions}
         kinds = list(dict.fromkeys((group, None) for group, _ in _find_kinds(planned)))
-        rows = self._send_rows(kinds, [momentum_scalars(_require(groups[group])) for group, _ in kinds])
+        rows = self._send_rows(kinds, [momentum_scalars(require_muon(groups[group])) for group, _ in kinds])
         kernel = partial(self._state.accelerator.kernels["momentum_blend"], nesterov=self._muon.rules.nesterov)
 
         def call(parts: Sequence[Part], noise: Tensor | None, index: int, vectors: Vectors) -> Sequence[Tensor | None]:
@@ -170,7 +177,9 @@ class UniformMuonUpdate:
             region.name: self._plan_parts("apply", region, touched, self._cut_scales) for region in self._regions
         }
         kinds = _find_kinds(planned)
-        rows = self._send_rows(kinds, [decay_scalars(_require(groups[group]), _scale(rest)) for group, rest in kinds])
+        rows = self._send_rows(
+            kinds, [decay_scalars(require_muon(groups[group]), _scale(rest)) for group, rest in kinds]
+        )
         kernel = self._state.accelerator.kernels["scale_decay_update"]
 
         def call(parts: Sequence[Part], index: int, vectors: Vectors) -> Sequence[Tensor | None]:
@@ -233,9 +242,3 @@ def _kind(part: Part) -> Kind:
 def _scale(rest: object) -> float:
     assert isinstance(rest, float)
     return rest
-
-
-def _require(settings: AdamWSettings | MuonSettings) -> MuonSettings:
-    if not isinstance(settings, MuonSettings):
-        raise TypeError("a parameter that Muon updates is in a group with the settings of AdamW")
-    return settings

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from windlass.core.matrices import find_matrices
 from windlass.core.muon import MuonRules
-from windlass.core.muon_plan import EVERYONE, Matrices, Matrix, MuonPlan, MuonPrediction
-from windlass.core.muon_planner import BYTES, FormTable, MuonCosts
+from windlass.core.muon_plan import EVERYONE, Matrices, Matrix, MuonPlan, MuonPrediction, number_matrices
+from windlass.core.muon_planner import BYTES, FormTable, MuonCosts, find_runs
 from windlass.core.muon_tables import StackLayout, lay_out_stacks
 from windlass.core.owners import find_pieces
 from windlass.core.plan import Region, Rules
@@ -59,8 +58,11 @@ def plan_muon_uniformly(
     travel too. Operations in the prediction count what fills stacks up."""
     ranks, replicated = regions[0].num_shards, rules.update == "replicated"
     by_region = {region.name: region for region in regions}
-    draft = _find_all(specs, regions)
-    each = _number(draft)
+    draft = [
+        Matrices(name, region.name, start, run.rows, run.columns, run.stride, (EVERYONE,) * run.count)
+        for region, name, start, run in find_runs(specs, regions)
+    ]
+    each = number_matrices(draft)
     if replicated:
         owners = _share_shapes(each, table, ranks, BYTES[muon.direction_dtype] * costs.flops_per_byte)
     else:
@@ -68,36 +70,12 @@ def plan_muon_uniformly(
     matrices, given = [], iter(owners)
     for many in draft:
         matrices.append(replace(many, owners=tuple(next(given) for _ in many.owners)))
-    each = _number(matrices)
+    each = number_matrices(matrices)
     work = divide_work(each, by_region, replicated=replicated)
     travelling = tuple(one.index for one in work.shared)
     waves = (travelling,) if travelling and not replicated else ()
     prediction = _predict(work, table, ranks, BYTES[muon.direction_dtype])
     return MuonPlan(muon, dict(sorted(table.forms.items())), tuple(matrices), waves, costs.wave_bytes, prediction)
-
-
-def _find_all(specs: Sequence[ParamSpec], regions: Sequence[Region]) -> list[Matrices]:
-    """Every matrix, without an owner."""
-    by_name = {spec.name: spec for spec in specs}
-    return [
-        Matrices(
-            placement.name,
-            region.name,
-            placement.start + run.start,
-            run.rows,
-            run.columns,
-            run.stride,
-            (EVERYONE,) * run.count,
-        )
-        for region in regions
-        if region.algorithm == "muon"
-        for placement in region.placements
-        for run in find_matrices(by_name[placement.name])
-    ]
-
-
-def _number(matrices: Sequence[Matrices]) -> tuple[Matrix, ...]:
-    return MuonPlan(MuonRules(), {}, tuple(matrices), (), 0, MuonPrediction((), (), (), 0, 0)).each
 
 
 # -- what lies where -----------------------------------------------------------------------------------------------

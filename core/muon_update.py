@@ -9,13 +9,21 @@ from torch import Tensor
 
 from windlass.core.adamw import AdamWSettings, find_stretches
 from windlass.core.captured import Issuer
-from windlass.core.muon import MOMENTUM, MuonSettings, decay_scalars, momentum_scalars, update_scale
-from windlass.core.muon_exchange import TAG, open_directions
+from windlass.core.kernel_results import keep_results
+from windlass.core.muon import (
+    MOMENTUM,
+    TAG,
+    MuonSettings,
+    decay_scalars,
+    momentum_scalars,
+    require_muon,
+    update_scale,
+)
+from windlass.core.muon_exchange import open_directions
 from windlass.core.noise_seeds import make_noise_seed
 from windlass.core.plan import Region
 from windlass.core.specs import dtype_from_name
 from windlass.core.state import ModelState
-from windlass.core.statistics import Verdict
 
 _Part = tuple[int, int, int, float]  # elements [start, stop) of a region, group, scale
 
@@ -31,6 +39,7 @@ class MuonUpdate:
         self._directions = open_directions(state, issuer)
         self._regions = [region for region in state.plan.regions if region.algorithm == "muon"]
         self._narrow = self._muon.rules.momentum_dtype != "float32"
+        self.clips = self._muon.rules.clip == "pre"  # its gradients are clipped as all are
         self._parts: dict[str, list[_Part]] = {}  # of what was touched last
         self._parts_of: set[str] | None = None
         self._inputs: dict[str, Tensor] = {}  # of the update under way, by region
@@ -40,21 +49,19 @@ class MuonUpdate:
         self,
         groups: Sequence[AdamWSettings | MuonSettings],
         touched: set[str],
-        unscale: Tensor,  # [] fp32: what makes a sum over ranks the mean gradient
-        verdict: Verdict,
+        gradient_scale: Tensor,  # [] fp32
+        keep: Tensor,  # [] bool
         gradient_of: Callable[[Region], Tensor],
     ) -> None:
         """Update what was touched. A collective."""
-        gradient_scale = unscale * verdict.factor if self._muon.rules.clip == "pre" else unscale
-        settings = [one if isinstance(one, MuonSettings) else None for one in groups]
         regions = [region for region in self._regions if any(one.name in touched for one in region.placements)]
         inputs = self._inputs
         for region in regions:
             inputs[region.name] = self._allocate(region)
-        keep = self._issuer.keep("keep", verdict.keep)
-        self._blend(regions, settings, touched, inputs, gradient_scale, keep, gradient_of)
+        keep = self._issuer.keep("keep", keep)
+        self._blend(regions, groups, touched, inputs, gradient_scale, keep, gradient_of)
         self._directions.find(inputs, touched)
-        self._apply(regions, settings, touched, inputs, keep)
+        self._apply(regions, groups, touched, inputs, keep)
         self._free()
 
     def close(self) -> None:
@@ -85,7 +92,7 @@ class MuonUpdate:
     def _blend(
         self,
         regions: Sequence[Region],
-        groups: Sequence[MuonSettings | None],
+        groups: Sequence[AdamWSettings | MuonSettings],
         touched: set[str],
         inputs: dict[str, Tensor],
         gradient_scale: Tensor,
@@ -98,7 +105,7 @@ class MuonUpdate:
             bounds = self._state.owned_bounds(region)
             vectors = (self._state.moments[region.name][MOMENTUM], gradient_of(region), inputs[region.name])
             for start, stop, group, own_noise in self._find_stretches(region, bounds, touched):
-                kinds.setdefault(group, momentum_scalars(_require(groups[group])))
+                kinds.setdefault(group, momentum_scalars(require_muon(groups[group])))
                 rows.append(list(kinds).index(group))
                 tensors += [one[start - bounds[0] : stop - bounds[0]] for one in vectors]
                 noise.append(own_noise)
@@ -139,7 +146,7 @@ class MuonUpdate:
             results = kernel["momentum_blend"](
                 momentum, gradient, blended, scalars[row], scale, keep, own_noise, nesterov=self._muon.rules.nesterov
             )
-            _write((momentum, blended), results)
+            keep_results((momentum, blended), results)
         return []
 
     # -- after: scale, decay, apply ----------------------------------------------------------------------------
@@ -147,7 +154,7 @@ class MuonUpdate:
     def _apply(
         self,
         regions: Sequence[Region],
-        groups: Sequence[MuonSettings | None],
+        groups: Sequence[AdamWSettings | MuonSettings],
         touched: set[str],
         inputs: dict[str, Tensor],
         keep: Tensor,
@@ -159,7 +166,7 @@ class MuonUpdate:
             first, _ = self._state.owned_bounds(region)
             vectors = (self._state.owned_fp32(region), inputs[region.name], self._state.owned_low(region))
             for start, stop, group, scale in parts.get(region.name, ()):
-                kinds.setdefault((group, scale), decay_scalars(_require(groups[group]), scale))
+                kinds.setdefault((group, scale), decay_scalars(require_muon(groups[group]), scale))
                 here = [one[start - first : stop - first] for one in vectors if one is not None]
                 structure.append((list(kinds).index((group, scale)), len(here) == 3))
                 tensors += here
@@ -174,7 +181,7 @@ class MuonUpdate:
         for row, has_low in structure:
             weight, direction = next(supply), next(supply)
             low = next(supply) if has_low else None
-            _write((weight, low), kernel["scale_decay_update"](weight, direction, scalars[row], keep, low))
+            keep_results((weight, low), kernel["scale_decay_update"](weight, direction, scalars[row], keep, low))
         return []
 
     def _find_parts(self, touched: set[str]) -> dict[str, list[_Part]]:
@@ -197,16 +204,3 @@ class MuonUpdate:
                 parts.append((start, stop, *own))
         self._parts_of, self._parts = set(touched), found
         return found
-
-
-def _require(settings: MuonSettings | None) -> MuonSettings:
-    if settings is None:
-        raise TypeError("a parameter that Muon updates is in a group with the settings of AdamW")
-    return settings
-
-
-def _write(given: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
-    """A kernel may return new tensors instead of having written into what it consumed."""
-    for destination, result in zip(given, results, strict=True):
-        if destination is not None and result is not None and result is not destination:
-            destination.copy_(result)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from windlass.core.adamw import AdamWSettings, Stretch, find_stretches, scalars_for, scalars_on_device
 from windlass.core.captured import Issuer
+from windlass.core.kernel_results import keep_results
 from windlass.core.muon import MuonSettings
 from windlass.core.noise_seeds import make_noise_seed
 from windlass.core.plan import Region
@@ -139,12 +140,12 @@ class Update:
                 for (gradient, given), row, own in zip(parts, call.rows, own_noise, strict=True):
                     weight, exp_avg, exp_avg_sq, low = given
                     vectors = (weight, gradient, exp_avg, exp_avg_sq, scalars[row], scale, keep, low, own)
-                    _write(given, kernels["adamw_bf16_moments"](*vectors, decoupled=call.decoupled))
+                    keep_results(given, kernels["adamw_bf16_moments"](*vectors, decoupled=call.decoupled))
             else:
                 many = [(given[0], gradient, *given[1:]) for gradient, given in parts]
                 results = kernels["adamw_many"](many, scalars, call.rows, scale, keep, decoupled=call.decoupled)
                 for (_, given), result in zip(parts, results, strict=True):
-                    _write(given, result)
+                    keep_results(given, result)
             done += len(parts)
         return []
 
@@ -157,7 +158,7 @@ class Update:
         kinds = sorted({kind for one, kind in placements if one.name in self._touched})
         untouched = [one for one in region.placements if one.name not in self._touched and one.numel]
         if len(kinds) == 1 and not untouched:
-            _write(given, self._call(*kinds[0], region, gradient, given))
+            keep_results(given, self._call(*kinds[0], region, gradient, given))
             return
         selected = given
         ranges = [
@@ -169,7 +170,7 @@ class Update:
             copies = (weight.clone(), exp_avg.clone(), exp_avg_sq.clone(), None if low is None else low.clone())
             after = self._call(*kind, region, gradient, copies)
             selected = _choose(mask, after, selected)
-        _write(given, selected)
+        keep_results(given, selected)
 
     def _call(self, group: int, cohort: int, region: Region, gradient: Tensor, given: _Given) -> _Given:
         state, settings = self._state, self._settings(group)
@@ -199,10 +200,3 @@ def _choose(mask: Tensor, after: _Given, before: _Given) -> _Given:
     (weight, exp_avg, exp_avg_sq, low), old = after, before
     chosen = [torch.where(mask, new, one) for new, one in zip((weight, exp_avg, exp_avg_sq), old[:3], strict=True)]
     return chosen[0], chosen[1], chosen[2], None if low is None or old[3] is None else torch.where(mask, low, old[3])
-
-
-def _write(given: _Given, results: _Given) -> None:
-    """A kernel may return new tensors instead of having written into what it consumed."""
-    for destination, result in zip(given, results, strict=True):
-        if destination is not None and result is not None and result is not destination:
-            destination.copy_(result)
